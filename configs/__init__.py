@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers only: one file a system, each starts from configs/common.py."""

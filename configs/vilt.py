@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ViLT: Vision-and-Language Transformer without convolution or region supervision (Kim et al., ICML 2021).
+
+    python -m vlp_jax.train --config=configs/vilt.py:variant=b32 --config.data.dir=DATA --workdir=RUN
+
+Follows the released code (commit 762fd39), not the paper, where they differ: warm-up 2,500 steps (paper: 10 %),
+longest side 639 pixels (paper: 640), all objectives at every step. Drawn patches: 200, as in pretraining.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# width, depth, heads, text length, picture size, patch size, patch slots, steps, batch
+VARIANTS = {
+    "tiny": (128, 4, 4, 32, 64, 16, 0, 1000, 128),  # the laptop: scenes of 64 x 64 pixels
+    "small": (384, 8, 6, 40, 192, 16, 0, 50_000, 512),
+    "b32": (768, 12, 12, 40, 384, 32, 200, 100_000, 4096),  # ViLT-B/32 as released
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the config of `variant=NAME` (tiny, small, b32), made small by `,smoke`."""
+    options = common.parse(arg, variant="tiny", smoke=False)
+    width, depth, heads, text, size, patch, slots, steps, batch = common.pick(VARIANTS, options.variant)
+    config = common.get_config()
+    config.system = "vilt"
+    config.variant = options.variant
+
+    config.data.text_length = text
+    config.data.image_size = size
+    config.data.patch_size = patch
+    config.data.max_patches = slots
+
+    config.model = model = ConfigDict()
+    model.width = width
+    model.dtype = "bfloat16" if options.variant == "b32" else "float32"  # of activations; parameters are float32
+    model.unroll = 1 if options.smoke else depth  # layers a loop iteration: 1 is quick to compile, depth quick to run
+    model.dropout = 0.1 if options.variant == "b32" else 0.0
+    model.text_embed = ConfigDict(dict(vocab_size=-1, length=text))
+    model.patch_embed = ConfigDict(dict(patch_size=patch, grid=size // patch))
+    model.modalities = 2  # 3 for two pictures (NLVR2)
+    model.fusion = ConfigDict(dict(depth=depth, num_heads=heads, mlp_width=4 * width, remat=False))
+
+    # The original adds the losses with these coefficients; mpp (masked patches) is its ablation.
+    config.objectives = ConfigDict(dict(mlm=1.0, itm=1.0, wpa=0.1, mpp=0.0))
+
+    # As released: biases and LayerNorm scales do not decay, but embeddings and the scale inside a classifier do.
+    config.optimizer.no_decay = (r"bias$", r"(?<!classifier/)norm\w*/scale$")
+    config.optimizer.lr_multipliers = ((r"(vqa|nlvr2)_classifier/", 10.0),)
+    config.train.steps = steps
+    config.train.batch_size = batch
+    if options.variant == "b32":
+        config.data.mask_counts_padding = True
+        config.optimizer.warmup = 2500.0
+    else:
+        config.optimizer.lr = 1e-3
+    if options.variant == "tiny":
+        config.checkpoint.every = 250
+        config.train.evaluate_every = 250
+    return common.smoke(config) if options.smoke else config

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State, step, optimizer, checkpoint and the one loop."""

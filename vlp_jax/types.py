@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words that all packages share: arrays, batches, terms of a loss, and the user's errors.
+
+Axis vocabulary of the jaxtyping annotations: batch, text, patch, token, query, width, head, vocab, class, mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+Array = jax.Array
+Key = jax.Array  # a typed PRNG key, `jax.random.key(seed)`
+Batch = Mapping[str, Any]  # key -> array, see vlp_jax/data/spec.py
+Params = Mapping[str, Any]  # nested plain dicts of arrays
+Extra = Mapping[str, Any]  # what is neither parameter nor optimizer state (queues, "ema"); {} for most
+
+
+class UserError(Exception):
+    """The user's input or environment is at fault: mains print the message alone and exit with 2.
+
+    The message has three parts: what was wrong, what was given beside what is possible, what to do.
+    """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One part of a loss or one metric as `sum / count`, both float32 over the global batch."""
+
+    sum: Array
+    count: Array
+
+    def mean(self) -> Array:
+        """The value, 0 where nothing was counted."""
+        return self.sum / jax.numpy.maximum(self.count, 1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossOut:
+    """What `System.loss` returns: terms by the names in `config.objectives`, metrics, the new extra."""
+
+    terms: Mapping[str, Term]
+    metrics: Mapping[str, Term]
+    extra: Extra
+
+
+def closest(name: str, possible: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for a misspelt name, or an empty string."""
+    match = difflib.get_close_matches(name, list(possible), n=1, cutoff=0.5)
+    return f" Did you mean '{match[0]}'?" if match else ""
