@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
 
     config.parallel = parallel = ConfigDict()
     parallel.rules = "dp"  # dp, fsdp or fsdp_tp, see vlp_jax/parallel/rules.py
-    parallel.mesh = (-1, 1, 1)  # devices along data, fsdp, tensor; -1 = the rest
+    parallel.mesh = ()  # devices along data, fsdp, tensor, -1 = the rest; () = as the preset says
     parallel.coordinator = ""  # host:port of process 0 when there are several processes
     parallel.processes = 1
     parallel.process = 0

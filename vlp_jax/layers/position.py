@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A learned grid of positions, resampled to the grid of each picture."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from vlp_jax.types import Array
+
+
+def linear_weights(index: Int[Array, "batch patch"], size: Int[Array, "batch"], grid: int) -> Float[Array, "batch patch grid"]:
+    """Weights of a learned row of `grid` entries for entry `index` of a row of `size`, corners aligned.
+
+    Entry i lies at coordinate i (grid - 1) / (size - 1), and at 0 where size is 1: what
+    `torch.nn.functional.interpolate(mode="bilinear", align_corners=True)` does along one axis.
+    """
+    step = (grid - 1) / jnp.maximum(size - 1, 1).astype(jnp.float32)
+    coordinate = index.astype(jnp.float32) * jnp.where(size > 1, step, 0.0)[:, None]
+    return jnp.maximum(1.0 - jnp.abs(coordinate[..., None] - jnp.arange(grid, dtype=jnp.float32)[None, None]), 0.0)
+
+
+def grid_positions(
+    table: Float[Array, "rows columns width"],
+    positions: Int[Array, "batch patch 2"],
+    grid_size: Int[Array, "batch 2"],
+) -> Float[Array, "batch patch width"]:
+    """Position embedding of each patch: the learned grid, bilinearly resampled to the picture's own grid.
+
+    One product with a sparse weight matrix: no gather, so that its gradient is no scatter.
+    """
+    rows, columns, width = table.shape
+    weights = jnp.einsum(
+        "bpr,bpc->bprc",
+        linear_weights(positions[..., 0], grid_size[:, 0], rows),
+        linear_weights(positions[..., 1], grid_size[:, 1], columns),
+    )
+    weights = weights.reshape(*positions.shape[:2], rows * columns)
+    return jnp.matmul(weights, table.reshape(rows * columns, width), precision=jax.lax.Precision.HIGHEST)

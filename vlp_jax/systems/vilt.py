@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ViLT: word pieces and raw patches in one transformer (Kim et al., ICML 2021; released code, commit 762fd39)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from vlp_jax.models.fusion import MergedAttention
+from vlp_jax.models.heads import Classifier, Pooler, TokenPredictor
+from vlp_jax.models.patch import PatchEmbedder
+from vlp_jax.models.text import TextEmbedder
+from vlp_jax.objectives import masking
+from vlp_jax.objectives.classification import accuracy, cross_entropy
+from vlp_jax.objectives.matching import exchange
+from vlp_jax.objectives.transport import alignable_text, cosine_cost, transport_plan, word_patch_alignment
+from vlp_jax.systems import base
+from vlp_jax.types import Array, Batch, Extra, Key, LossOut, Params, Term, UserError
+
+Features = Mapping[str, Array]  # "text", "text_mask", "image", "image_mask"
+
+
+class Vilt(nn.Module):
+    """The parts and how they are wired; each method is one entry for `apply`."""
+
+    model: Any  # config.model, frozen
+    masked_patches: bool
+
+    def setup(self) -> None:
+        m, dtype = self.model, jnp.dtype(self.model.dtype)
+        self.text_embed = TextEmbedder(m.text_embed.vocab_size, m.text_embed.length, m.width, dtype=dtype)
+        patch = m.patch_embed
+        self.patch_embed = PatchEmbedder(patch.patch_size, patch.grid, m.width, self.masked_patches, dtype)
+        self.fusion = MergedAttention(
+            **m.fusion, modalities=m.modalities, dropout=m.dropout, dtype=dtype, unroll=m.unroll
+        )
+        self.pooler = Pooler(dtype)
+        self.mlm_head = TokenPredictor(m.text_embed.vocab_size, dtype=dtype)
+        self.itm_head = Classifier(2, dtype)
+        if self.masked_patches:
+            self.mpp_head = TokenPredictor(3 * 256, dtype=dtype)
+
+    def encode_text(self, text_ids: Array, text_mask: Array) -> Features:
+        """Embeds word pieces."""
+        return {"text": self.text_embed(text_ids), "text_mask": text_mask}
+
+    def encode_image(self, batch: Batch, hidden: Array | None = None) -> Features:
+        """Embeds patches behind a class token; `hidden` patches become the mask vector."""
+        projected, position = self.patch_embed(batch["patches"], batch["patch_positions"], batch["grid_size"])
+        image = self.patch_embed.assemble(projected, position, hidden)
+        return {"image": image, "image_mask": jnp.pad(batch["patch_mask"], ((0, 0), (1, 0)), constant_values=True)}
+
+    def fuse(self, features: Features, train: bool = False) -> Features:
+        """Returns text and image features, and the pooled text [CLS]; the image's class token feeds no head."""
+        text, image = self.fusion(
+            features["text"], features["text_mask"], features["image"], features["image_mask"], train=train
+        )
+        return {"text": text, "image": image, "pooled": self.pooler(text)}
+
+    def match(self, pooled: Array) -> Array:
+        """Logits [not matched, matched]."""
+        return self.itm_head(pooled)
+
+    def words(self, text: Array, positions: Array) -> Array:
+        """Vocabulary logits at the masked positions only."""
+        return self.mlm_head(masking.at_positions(text, positions))
+
+    def everything(self, batch: Batch) -> Array:
+        """Runs every part once, so that `init` makes every parameter."""
+        features = self.encode_text(batch["text_ids"], batch["text_mask"]) | self.encode_image(batch)
+        out = self.fuse(features)
+        if self.masked_patches:
+            self.encode_image(batch, batch["patch_mask"])
+            self.mpp_head(out["image"])
+        return self.match(out["pooled"]), self.words(out["text"], batch["mlm_positions"])
+
+    def pretrain(self, batch: Batch, key: Key, active: tuple[str, ...]) -> dict[str, tuple[Features, Batch]]:
+        """One forward of all views of the batch, interleaved: name of the view -> what its objectives need."""
+        plain = self.encode_image(batch)
+        views = {}
+        if "mlm" in active:
+            names = ("text_ids", "mlm_positions", "mlm_inputs", "mlm_labels")
+            corrupted = masking.corrupted_text(*(batch[name] for name in names))
+            views["masked"] = self.encode_text(corrupted, batch["text_mask"]) | plain
+        if "itm" in active or "wpa" in active:
+            views["pairs"] = self.encode_text(batch["pair_text_ids"], batch["pair_text_mask"]) | plain
+        if "mpp" in active:
+            chosen, hidden = masking.patch_mask(key, batch["patch_mask"])
+            batch = {**batch, "mpp_labels": masking.patch_colour_bins(batch["patches"], chosen)}
+            text = self.encode_text(batch["text_ids"], batch["text_mask"])
+            views["patches"] = text | self.encode_image(batch, hidden)
+        fused = self.fuse(base.interleave_features(list(views.values())), train=True)
+        parts = enumerate(views)
+        return {n: ({k: base.part(v, i, len(views)) for k, v in fused.items()}, batch) for i, n in parts}
+
+
+def resolve(config: ConfigDict, facts: Mapping[str, Any]) -> ConfigDict:
+    """Fills the vocabulary's size from the data and checks that the sizes fit; pure."""
+    config = base.fill_unknown(config, facts, {"model.text_embed.vocab_size": "vocab_size"})
+    base.divisible(config)
+    for ours, theirs in (("text_embed.length", "text_length"), ("patch_embed.patch_size", "patch_size")):
+        part, name = ours.split(".")
+        if config.model[part][name] != config.data[theirs]:
+            raise UserError(
+                f"config.model.{ours} is {config.model[part][name]}, but config.data.{theirs} is "
+                f"{config.data[theirs]}. Give both the same value."
+            )
+    return config
+
+
+def build(config: ConfigDict) -> base.Functions:
+    """Makes the system of a resolved config."""
+    active = tuple(sorted(name for name, coefficient in config.objectives.items() if coefficient))
+    # Linen hashes a module's fields: the config must not change under it.
+    module = Vilt(FrozenConfigDict(config.model), "mpp" in active)
+
+    def init(rng: Key, batch: Batch) -> tuple[Params, Extra]:
+        return module.init(rng, batch, method=Vilt.everything)["params"], {}
+
+    def prepare(batch: Batch, rng: Key) -> Batch:
+        partner, matched = exchange(rng, batch["image_id"], batch["source_id"], batch["example_id"] >= 0)
+        names = ("text_ids", "text_mask", "example_id")
+        return {**batch, **{f"pair_{name}": batch[name][partner] for name in names}, "matched": matched}
+
+    def loss(params: Params, extra: Extra, batch: Batch, rng: Key) -> LossOut:
+        draw, noise = jax.random.split(rng)
+        method = Vilt.pretrain
+        views = module.apply({"params": params}, batch, draw, active, method=method, rngs={"dropout": noise})
+        terms, metrics = _terms(module.bind({"params": params}), views, active)
+        return LossOut(terms, metrics, extra)
+
+    return base.Functions(init, prepare, loss, _predict(module))
+
+
+def _terms(model: Vilt, views: Mapping, active: tuple[str, ...]) -> tuple[dict[str, Term], dict[str, Term]]:
+    """The active terms and their accuracies."""
+    terms, metrics = {}, {}
+    if "mlm" in active:
+        out, batch = views["masked"]
+        logits, labels = model.words(out["text"], batch["mlm_positions"]), batch["mlm_labels"]
+        terms["mlm"], metrics["mlm_accuracy"] = cross_entropy(logits, labels), accuracy(logits, labels)
+    if "itm" in active:
+        out, batch = views["pairs"]
+        logits, labels = model.match(out["pooled"]), batch["matched"]
+        terms["itm"], metrics["itm_accuracy"] = cross_entropy(logits, labels), accuracy(logits, labels)
+    if "wpa" in active:
+        out, batch = views["pairs"]
+        text_mask = alignable_text(batch["pair_text_mask"])
+        image = out["image"][:, 1:]
+        terms["wpa"] = word_patch_alignment(out["text"], image, text_mask, batch["patch_mask"], batch["matched"])
+    if "mpp" in active:
+        out, batch = views["patches"]
+        logits = model.mpp_head(out["image"][:, 1:])
+        logits = logits.reshape(*logits.shape[:2], 3, 256)
+        labels = batch["mpp_labels"]
+        terms["mpp"], metrics["mpp_accuracy"] = cross_entropy(logits, labels), accuracy(logits, labels)
+    return terms, metrics
+
+
+def _predict(module: Vilt) -> dict[str, base.Predict]:
+    """The functions that evaluation and prediction call; none of them uses randomness."""
+
+    def run(params: Params, method: Any, *args: Any) -> Any:
+        return module.apply({"params": params}, *args, method=method)
+
+    def encode_text(params: Params, batch: Batch, rng: Key | None = None) -> Features:
+        return run(params, Vilt.encode_text, batch["text_ids"], batch["text_mask"])
+
+    def encode_image(params: Params, batch: Batch, rng: Key | None = None) -> Features:
+        return run(params, Vilt.encode_image, batch)
+
+    def fuse(params: Params, features: Features, rng: Key | None = None) -> Features:
+        out = run(params, Vilt.fuse, features)
+        return {**out, "match_logits": run(params, Vilt.match, out["pooled"])}
+
+    def match(params: Params, batch: Batch, rng: Key | None = None, plan: bool = False) -> Features:
+        features = {**encode_text(params, batch), **encode_image(params, batch)}
+        out = fuse(params, features)
+        result = {"match_logits": out["match_logits"]}
+        if plan:
+            # For pictures the demo of the original sharpens the plan: beta 0.1, 1000 iterations.
+            masks = alignable_text(batch["text_mask"]), batch["patch_mask"]
+            cost = cosine_cost(out["text"], out["image"][:, 1:], *masks)
+            result["plan"] = transport_plan(cost, *masks, beta=0.1, iterations=1000)
+        return result
+
+    def fill(params: Params, batch: Batch, rng: Key | None = None) -> Features:
+        names = ("text_ids", "mlm_positions", "mlm_inputs", "mlm_labels")
+        corrupted = {**batch, "text_ids": masking.corrupted_text(*(batch[name] for name in names))}
+        out = fuse(params, {**encode_text(params, corrupted), **encode_image(params, batch)})
+        return {"logits": run(params, Vilt.words, out["text"], batch["mlm_positions"])}
+
+    def embed(params: Params, batch: Batch, rng: Key | None = None) -> Features:
+        return {"pooled": fuse(params, {**encode_text(params, batch), **encode_image(params, batch)})["pooled"]}
+
+    functions = (encode_text, encode_image, fuse, match, fill, embed)
+    return base.jitted({f.__name__: f for f in functions}, {"match": ("plan",)})
