@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-Array = jax.Array
+Array = jax.Array | np.ndarray
 Key = jax.Array  # a typed PRNG key, `jax.random.key(seed)`
 Batch = Mapping[str, Any]  # key -> array, see vlp_jax/data/spec.py
 Params = Mapping[str, Any]  # nested plain dicts of arrays
@@ -25,6 +26,17 @@ class UserError(Exception):
 
     The message has three parts: what was wrong, what was given beside what is possible, what to do.
     """
+
+
+class Stop(Exception):
+    """Work ends before its end, in good order: mains print the message and exit with `code`.
+
+    75 preempted and saved, start me again; 77 hung; 130 Ctrl-C after saving (DESIGN.md, exit codes).
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @jax.tree_util.register_dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from vlp_jax.layers.linear import HeadLinear, gathered, normal
@@ -29,7 +30,9 @@ def attend(
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(highest), highest, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     # Dividing the product instead of the weights saves a pass over [query, key] and rounds once less.
-    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum(
+        "bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
     return (mixed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).astype(value.dtype)
 
 
@@ -37,7 +40,7 @@ class Attention(nn.Module):
     """Self- or cross-attention with separate query, key and value projections and an output projection."""
 
     num_heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -60,7 +63,7 @@ class HeadMerge(nn.Module):
     """The output projection: `[batch, heads, token, head]` back to `[batch, token, width]`, kernel `[width, width]`."""
 
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch head token head_width"]) -> Float[Array, "batch token width"]:
@@ -68,7 +71,9 @@ class HeadMerge(nn.Module):
         axes = ("heads", "embed")
         rows = x.shape[1] * x.shape[3]
         kernel = self.param("kernel", nn.with_logical_partitioning(normal, axes), (rows, self.features))
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)), (self.features,))
+        bias = self.param(
+            "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)), (self.features,)
+        )
         kernel = gathered(kernel, axes, self.dtype).reshape(x.shape[1], x.shape[3], self.features)
         y = jnp.einsum("bhtk,hkd->btd", x, kernel)
         return y + bias.astype(self.dtype).reshape(1, 1, -1)

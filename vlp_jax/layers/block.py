@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from vlp_jax.layers.activation import gelu
@@ -21,10 +22,12 @@ class Mlp(nn.Module):
 
     width: int
     dropout: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch token embed"], train: bool) -> Float[Array, "batch token embed"]:
+    def __call__(
+        self, x: Float[Array, "batch token embed"], train: bool
+    ) -> Float[Array, "batch token embed"]:
         """Maps features to features through `width` hidden units."""
         hidden = gelu(Linear(self.width, ("embed", "mlp"), self.dtype, name="hidden")(x))
         hidden = nn.with_logical_constraint(hidden, ("batch", "token", "act_mlp"))
@@ -40,7 +43,7 @@ class PreNormBlock(nn.Module):
     mlp_width: int
     eps: float
     dropout: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

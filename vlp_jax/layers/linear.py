@@ -12,6 +12,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from vlp_jax.types import Array
 
@@ -25,13 +26,13 @@ def fan_in_uniform(fan_in: int) -> Initializer:
     """PyTorch's default for convolutions and their biases: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = fan_in**-0.5
 
-    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
 
 
-def gathered(kernel: Array, axes: tuple[str | None, ...], dtype: jnp.dtype) -> Array:
+def gathered(kernel: Array, axes: tuple[str | None, ...], dtype: DTypeLike) -> Array:
     """Casts a kernel to the compute type and asks for it whole along `embed`.
 
     Under fsdp the partitioner otherwise contracts over the sharded weight and moves activations of the whole
@@ -45,7 +46,7 @@ class Linear(nn.Module):
 
     features: int
     axes: tuple[str | None, str | None]
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     use_bias: bool = True
     kernel_init: Initializer = normal
     bias_init: Initializer = nn.initializers.zeros_init()
@@ -68,14 +69,16 @@ class HeadLinear(nn.Module):
 
     num_heads: int
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps `[batch, token, in]` to `[batch, heads, token, features / heads]`."""
         axes = ("embed", "heads")
         head = self.features // self.num_heads
-        kernel = self.param("kernel", nn.with_logical_partitioning(normal, axes), (x.shape[-1], self.features))
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(normal, axes), (x.shape[-1], self.features)
+        )
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
         bias = self.param("bias", bias_init, (self.features,)).astype(self.dtype)
         kernel = gathered(kernel, axes, self.dtype).reshape(x.shape[-1], self.num_heads, head)
@@ -83,7 +86,7 @@ class HeadLinear(nn.Module):
         return y + bias.reshape(1, self.num_heads, 1, head)
 
 
-def layer_norm(eps: float, dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
+def layer_norm(eps: float, dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     """Layer normalisation with float32 statistics; `eps` differs per component, so it has no default."""
     return nn.LayerNorm(
         epsilon=eps,

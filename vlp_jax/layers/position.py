@@ -10,7 +10,9 @@ from jaxtyping import Float, Int
 from vlp_jax.types import Array
 
 
-def linear_weights(index: Int[Array, "batch patch"], size: Int[Array, "batch"], grid: int) -> Float[Array, "batch patch grid"]:
+def linear_weights(
+    index: Int[Array, "batch patch"], size: Int[Array, "batch"], grid: int
+) -> Float[Array, "batch patch grid"]:
     """Weights of a learned row of `grid` entries for entry `index` of a row of `size`, corners aligned.
 
     Entry i lies at coordinate i (grid - 1) / (size - 1), and at 0 where size is 1: what
@@ -18,7 +20,9 @@ def linear_weights(index: Int[Array, "batch patch"], size: Int[Array, "batch"], 
     """
     step = (grid - 1) / jnp.maximum(size - 1, 1).astype(jnp.float32)
     coordinate = index.astype(jnp.float32) * jnp.where(size > 1, step, 0.0)[:, None]
-    return jnp.maximum(1.0 - jnp.abs(coordinate[..., None] - jnp.arange(grid, dtype=jnp.float32)[None, None]), 0.0)
+    return jnp.maximum(
+        1.0 - jnp.abs(coordinate[..., None] - jnp.arange(grid, dtype=jnp.float32)[None, None]), 0.0
+    )
 
 
 def grid_positions(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from vlp_jax.layers.block import PreNormBlock
@@ -33,7 +34,7 @@ class Stack(nn.Module):
     mlp_width: int
     eps: float
     dropout: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     unroll: int = 1
     remat: bool = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from vlp_jax.layers.dropout import Dropout
@@ -25,7 +26,7 @@ class MergedAttention(nn.Module):
     modalities: int = 2
     eps: float = 1e-6
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     unroll: int = 1
     remat: bool = False
 
@@ -42,7 +43,9 @@ class MergedAttention(nn.Module):
     ) -> tuple[Float[Array, "batch text width"], Float[Array, "batch image width"]]:
         """Returns the normalised text and image features; `image_modality` is 2 for a second picture."""
         width = text.shape[-1]
-        table = self.param("modality", nn.with_logical_partitioning(normal, (None, "embed")), (self.modalities, width))
+        table = self.param(
+            "modality", nn.with_logical_partitioning(normal, (None, "embed")), (self.modalities, width)
+        )
         table = table.astype(self.dtype)
         text = Dropout(self.dropout, name="text_dropout")(text, train) + table[None, :1]
         image = Dropout(self.dropout, name="image_dropout")(image, train)

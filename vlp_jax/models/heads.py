@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from vlp_jax.layers.activation import gelu
@@ -15,7 +16,7 @@ from vlp_jax.types import Array
 class Pooler(nn.Module):
     """`tanh(linear(x))` of the first token (BERT)."""
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch token width"]) -> Float[Array, "batch width"]:
@@ -32,7 +33,7 @@ class TokenPredictor(nn.Module):
 
     outputs: int
     eps: float = 1e-12
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch slot width"]) -> Float[Array, "batch slot output"]:
@@ -48,7 +49,7 @@ class Classifier(nn.Module):
     """One linear map to float32 logits."""
 
     classes: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, "batch class"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, UInt8
 
 from vlp_jax.layers.linear import Linear, fan_in_uniform, normal
@@ -23,11 +24,13 @@ class PatchEmbedder(nn.Module):
     grid: int
     width: int
     mask_token: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         initial = fan_in_uniform(3 * self.patch_size**2)
-        self.projection = Linear(self.width, (None, "embed"), self.dtype, kernel_init=initial, bias_init=initial)
+        self.projection = Linear(
+            self.width, (None, "embed"), self.dtype, kernel_init=initial, bias_init=initial
+        )
         vector = nn.with_logical_partitioning(normal, ("embed",))
         self.class_token = self.param("class_token", vector, (self.width,))
         self.class_position = self.param("class_position", vector, (self.width,))

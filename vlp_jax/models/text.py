@@ -6,6 +6,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from vlp_jax.layers.linear import layer_norm, normal
@@ -23,7 +24,7 @@ class TextEmbedder(nn.Module):
     width: int
     eps: float = 1e-12
     segments: int = 2
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         table = nn.with_logical_partitioning(normal, ("vocab", "embed"))

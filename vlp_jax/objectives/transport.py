@@ -50,7 +50,7 @@ def transport_plan(
     word_pad = jnp.where(text_mask, 0.0, 1e4)
     patch_pad = jnp.where(image_mask, 0.0, 1e4)
 
-    def step(_: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         plan, sigma = carry
         q = kernel * plan
         delta = 1.0 / (patches * jnp.einsum("btp,bt->bp", q, sigma) + patch_pad)

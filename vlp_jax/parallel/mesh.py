@@ -28,7 +28,9 @@ def make_mesh(parallel: ConfigDict, devices: Sequence[jax.Device] | None = None)
     shape = tuple(parallel.mesh) or MESHES[parallel.rules]
     fixed = math.prod(n for n in shape if n != -1)
     if len(shape) != 3 or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
-        raise UserError(f"config.parallel.mesh {shape} is not three sizes (data, fsdp, tensor) with at most one -1.")
+        raise UserError(
+            f"config.parallel.mesh {shape} is not three sizes (data, fsdp, tensor) with at most one -1."
+        )
     shape = tuple(len(devices) // fixed if n == -1 else n for n in shape)
     if math.prod(shape) != len(devices):
         raise UserError(

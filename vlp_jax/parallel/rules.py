@@ -23,9 +23,25 @@ PRESETS: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
 }
 
-MESHES = {"dp": (-1, 1, 1), "fsdp": (1, -1, 1), "fsdp_tp": (1, -1, 2)}  # used where config.parallel.mesh is ()
+MESHES = {
+    "dp": (-1, 1, 1),
+    "fsdp": (1, -1, 1),
+    "fsdp_tp": (1, -1, 2),
+}  # used where config.parallel.mesh is ()
 
-_AXES = ("batch", "token", "embed", "heads", "mlp", "vocab", "norm", "layers", "act_embed", "act_mlp", "act_vocab")
+_AXES = (
+    "batch",
+    "token",
+    "embed",
+    "heads",
+    "mlp",
+    "vocab",
+    "norm",
+    "layers",
+    "act_embed",
+    "act_mlp",
+    "act_vocab",
+)
 
 
 def rules(preset: str) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:

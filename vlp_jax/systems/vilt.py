@@ -53,7 +53,10 @@ class Vilt(nn.Module):
         """Embeds patches behind a class token; `hidden` patches become the mask vector."""
         projected, position = self.patch_embed(batch["patches"], batch["patch_positions"], batch["grid_size"])
         image = self.patch_embed.assemble(projected, position, hidden)
-        return {"image": image, "image_mask": jnp.pad(batch["patch_mask"], ((0, 0), (1, 0)), constant_values=True)}
+        return {
+            "image": image,
+            "image_mask": jnp.pad(batch["patch_mask"], ((0, 0), (1, 0)), constant_values=True),
+        }
 
     def fuse(self, features: Features, train: bool = False) -> Features:
         """Returns text and image features, and the pooled text [CLS]; the image's class token feeds no head."""
@@ -152,7 +155,9 @@ def _terms(model: Vilt, views: Mapping, active: tuple[str, ...]) -> tuple[dict[s
         out, batch = views["pairs"]
         text_mask = alignable_text(batch["pair_text_mask"])
         image = out["image"][:, 1:]
-        terms["wpa"] = word_patch_alignment(out["text"], image, text_mask, batch["patch_mask"], batch["matched"])
+        terms["wpa"] = word_patch_alignment(
+            out["text"], image, text_mask, batch["patch_mask"], batch["matched"]
+        )
     if "mpp" in active:
         out, batch = views["patches"]
         logits = model.mpp_head(out["image"][:, 1:])
@@ -196,7 +201,9 @@ def _predict(module: Vilt) -> dict[str, base.Predict]:
         return {"logits": run(params, Vilt.words, out["text"], batch["mlm_positions"])}
 
     def embed(params: Params, batch: Batch, rng: Key | None = None) -> Features:
-        return {"pooled": fuse(params, {**encode_text(params, batch), **encode_image(params, batch)})["pooled"]}
+        return {
+            "pooled": fuse(params, {**encode_text(params, batch), **encode_image(params, batch)})["pooled"]
+        }
 
     functions = (encode_text, encode_image, fuse, match, fill, embed)
     return base.jitted({f.__name__: f for f in functions}, {"match": ("plan",)})
