@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded data set: a small drawn world, written in the public raw formats and read back through them.
+
+Level 1 is learnt in minutes on a laptop, 2 and 3 are harder. Validation and test show combinations of color, shape
+and material that training never shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vlp_jax.data.datasets import Dropped, coco, scenes_picture, scenes_raw
+from vlp_jax.data.datasets import scenes_text as text
+from vlp_jax.data.datasets import scenes_world as world
+from vlp_jax.types import UserError
+
+NAME = "scenes"
+VERSION = "1"
+LICENCE = "CC0 1.0: drawn and worded by this program."
+VISUAL_WORDS = world.COLORS + world.SHAPES + world.PLURALS
+SOURCE = "nothing: it is drawn into DATA_DIR/raw, in the public formats"
+OPTIONS = {"seed": 0, "level": 1, "train": 16_000, "validation": 1000, "test": 1000}
+SPACE = 10_000_000  # image ids of a split: a larger set begins with the same pictures as a smaller one
+CHUNK = 500  # pictures drawn by one call
+SPLITS = [f"{split}={folder}" for split, folder in scenes_raw.FOLDERS.items()]
+
+truth = text.truth  # (caption, objects) -> bool, None if the caption is not of the grammar
+oracle_fill = text.fill  # (words, index, objects) -> the words that make the caption true there
+
+
+def features():
+    """A caption record with the scene as json: a list of objects with all that is known of them."""
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict({**coco.features(), "scene": tfds.features.Text()})
+
+
+def check(**options) -> None:
+    """Raises UserError for a level or a number of pictures that cannot be drawn."""
+    if options["level"] not in world.LEVELS:
+        raise UserError(
+            f"There is no level {options['level']}. Possible: {', '.join(map(str, world.LEVELS))}. Choose one."
+        )
+    for split in world.SPLITS:
+        if not 2 <= options[split] <= SPACE - 1:
+            raise UserError(
+                f"--{split}={options[split]} pictures cannot be drawn. Possible: 2 to {SPACE - 1}. Choose a number."
+            )
+
+
+def draw(folder: Path, each: Callable[..., Iterator], **options) -> None:
+    """Draws the pictures and writes all raw files below `folder`.
+
+    Args:
+        folder: a new folder.
+        each: `each(function, jobs)` yields function(job) in the order of jobs, in as many processes as it likes.
+        options: seed, level, and the number of pictures of each split.
+    """
+    rows: dict[str, list[dict]] = {split: [] for split in world.SPLITS}
+    jobs = []
+    for split in world.SPLITS:
+        (folder / scenes_raw.FOLDERS[split]).mkdir(parents=True)
+        for first in range(0, options[split], CHUNK):
+            last = min(first + CHUNK, options[split])
+            jobs.append((str(folder), options["seed"], options["level"], split, first, last))
+    for job, made in zip(jobs, each(draw_some, jobs), strict=True):
+        rows[job[3]] += made
+    scenes_raw.write(folder, rows, options["seed"], options["level"])
+    (folder / "README.txt").write_text(
+        f"Drawn by vlp_jax, data set scenes, version {VERSION}, options {json.dumps(options)}.\n{LICENCE}\n"
+    )
+
+
+def draw_some(job: tuple[str, int, int, str, int, int]) -> list[dict]:
+    """Draws pictures first ... last - 1 of a split and returns their rows (scenes_raw)."""
+    folder, seed, level, split, first, last = job
+    name = scenes_raw.FOLDERS[split]
+    rows = []
+    for index in range(first, last):
+        objects, (height, width) = world.scene(seed, level, split, index)
+        content = scenes_picture.draw(
+            objects, (height, width), level, world.lot(seed, level, split, index, "picture")
+        )
+        key = world.SPLITS.index(split) * SPACE + index + 1
+        file = f"COCO_{name}_{key:012d}.jpg"
+        (Path(folder) / name / file).write_bytes(content)
+        row = {"key": key, "folder": name, "file": file, "height": height, "width": width, "objects": objects}
+        row["captions"] = text.captions(objects, level, world.lot(seed, level, split, index, "captions"))
+        rows.append(row)
+    return rows
+
+
+def splits(source: Path, **options) -> list[str]:
+    """train, validation and test."""
+    return coco.splits(source, splits=SPLITS)
+
+
+def sources(source: Path, **options) -> list[Path]:
+    """The caption files and the scenes behind them."""
+    scenes = [
+        Path(source) / "annotations" / f"scenes_{folder}.json" for folder in scenes_raw.FOLDERS.values()
+    ]
+    return sorted([*coco.sources(source, splits=SPLITS), *scenes])
+
+
+def count(source: Path, split: str, **options) -> int:
+    """The number of pictures of a split."""
+    return coco.count(source, split, splits=SPLITS)
+
+
+def texts(source: Path, **options) -> Iterator[str]:
+    """What a vocabulary is trained on: the training captions, and the sentences of all other tasks."""
+    source = Path(source)
+    questions = json.loads((source / "vqa" / "v2_OpenEnded_mscoco_train2014_questions.json").read_bytes())
+    answers = json.loads((source / "vqa" / "v2_mscoco_train2014_annotations.json").read_bytes())
+    pairs = (source / "nlvr2" / "data" / "train.json").read_text().splitlines()
+    entailment = (source / "snli_ve" / "snli_ve_train.jsonl").read_text().splitlines()
+    return itertools.chain(
+        coco.texts(source, splits=SPLITS),
+        (row["question"] for row in questions["questions"]),
+        (row["multiple_choice_answer"] for row in answers["annotations"]),
+        (json.loads(line)["sentence"] for line in pairs),
+        (json.loads(line)["sentence2"] for line in entailment),
+    )
+
+
+def examples(source: Path, split: str, part: int = 0, parts: int = 1, **options) -> Iterator[dict | Dropped]:
+    """Yields what the reader of COCO captions yields, with the scene of the picture."""
+    scenes = _scenes(Path(source) / "annotations" / f"scenes_{scenes_raw.FOLDERS[split]}.json")
+    for example in coco.examples(source, split, part, parts, splits=SPLITS):
+        if isinstance(example, dict):
+            example["scene"] = json.dumps(scenes[example["image_key"]])
+        yield example
+
+
+@functools.lru_cache(maxsize=3)
+def _scenes(path: Path) -> dict[int, list[dict]]:
+    return {row["image_id"]: row["objects"] for row in json.loads(path.read_bytes())}
