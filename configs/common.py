@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.dir = ""  # a prepared directory, or "coco=DIR:1,vg=DIR:2" (name=directory:weight)
-    data.split = "train"
+    data.split = "train"  # of the prepared data
     data.index = "pairs"  # pairs: uniform over (picture, caption); pictures: one caption drawn a picture
     data.text_length = 40  # word pieces with [CLS] and [SEP], padded and cut
     data.image_size = 384  # shorter side in pixels after resizing
@@ -36,25 +36,27 @@ def get_config() -> ConfigDict:
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.lr = 1e-4  # peak
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.98
-    optimizer.eps = 1e-8
-    optimizer.eps_placement = "uncorrected"  # sqrt(v) + eps before bias correction, as BERT's AdamW; or "corrected"
-    optimizer.weight_decay = 0.01
+    optimizer.b1 = 0.9  # decay of the first moment
+    optimizer.b2 = 0.98  # decay of the second moment
+    optimizer.eps = 1e-8  # added to the root of the second moment
+    optimizer.eps_placement = (
+        "uncorrected"  # sqrt(v) + eps before bias correction, as BERT's AdamW; or "corrected"
+    )
+    optimizer.weight_decay = 0.01  # decoupled, times the learning rate
     optimizer.no_decay = ()  # regular expressions on parameter paths "a/b/kernel"
     optimizer.lr_multipliers = ()  # ((regular expression, factor), ...): first match wins
     optimizer.frozen = ("(^|/)frozen/",)  # regular expressions: no gradient, no decay
     optimizer.clip_norm = 0.0  # global gradient norm; 0 = off
     optimizer.warmup = 0.1  # share of all steps when below 1, else steps
     optimizer.decay = "linear"  # after the warm-up: linear, cosine or constant
-    optimizer.end_lr = 0.0
+    optimizer.end_lr = 0.0  # at the last step
 
     config.ema = ema = ConfigDict()
     ema.decay = 0.0  # 0 = off
     ema.parameters = (".*",)  # regular expressions: which parameters get an average
 
     config.train = train = ConfigDict()
-    train.steps = 1000
+    train.steps = 1000  # optimizer steps of the whole run
     train.batch_size = 128  # global, over all hosts and micro-batches
     train.accumulation = 1  # micro-batches a step
     train.log_every = 10  # steps
@@ -65,20 +67,20 @@ def get_config() -> ConfigDict:
     parallel.rules = "dp"  # dp, fsdp or fsdp_tp, see vlp_jax/parallel/rules.py
     parallel.mesh = ()  # devices along data, fsdp, tensor, -1 = the rest; () = as the preset says
     parallel.coordinator = ""  # host:port of process 0 when there are several processes
-    parallel.processes = 1
-    parallel.process = 0
+    parallel.processes = 1  # how many start this command, one a host
+    parallel.process = 0  # which of them this one is
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 500  # steps
     checkpoint.keep = 2  # newest ones; the newest finite and the best are kept besides
     checkpoint.best = ""  # validation metric whose highest value is kept for ever, e.g. itm/accuracy
-    checkpoint.asynchronous = True
+    checkpoint.asynchronous = True  # write while training goes on
 
     config.evaluation = evaluation = ConfigDict()
-    evaluation.split = "test"
+    evaluation.split = "test"  # scored by evaluate
     evaluation.train_split = "validation"  # looked at while training
     evaluation.train_examples = 512  # how many of them
-    evaluation.batch_size = 128
+    evaluation.batch_size = 128  # global; pairs
     evaluation.examples = 0  # 0 = all
     evaluation.gallery = 100  # pictures among which retrieval searches; 0 = all
     evaluation.pictures = 6  # drawn into the report, a kind

@@ -34,11 +34,15 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.width = width
-    model.dtype = "bfloat16" if options.variant == "b32" else "float32"  # of activations; parameters are float32
-    model.unroll = 1 if options.smoke else depth  # layers a loop iteration: 1 is quick to compile, depth quick to run
+    model.dtype = (
+        "bfloat16" if options.variant == "b32" else "float32"
+    )  # of activations; parameters are float32
+    model.unroll = (
+        1 if options.smoke else depth
+    )  # layers a loop iteration: 1 is quick to compile, depth quick to run
     model.dropout = 0.1 if options.variant == "b32" else 0.0
-    model.text_embed = ConfigDict(dict(vocab_size=-1, length=text))
-    model.patch_embed = ConfigDict(dict(patch_size=patch, grid=size // patch))
+    model.text_embed = ConfigDict(dict(vocab_size=-1, length=-1))  # -1: as the data has it
+    model.patch_embed = ConfigDict(dict(patch_size=-1, grid=-1))  # grid: rows of learned positions
     model.modalities = 2  # 3 for two pictures (NLVR2)
     model.fusion = ConfigDict(dict(depth=depth, num_heads=heads, mlp_width=4 * width, remat=False))
 

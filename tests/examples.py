@@ -15,7 +15,7 @@ def vilt_config(**changes: object) -> ConfigDict:
     config = vilt.get_config("variant=tiny,smoke")
     config.model.width, config.model.fusion.num_heads, config.model.fusion.mlp_width = 32, 2, 64
     config.model.fusion.depth = 2
-    config.data.text_length = config.model.text_embed.length = 16
+    config.data.text_length = 16
     for name, value in changes.items():
         *parents, last = name.split("__")
         node = config

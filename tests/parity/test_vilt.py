@@ -116,7 +116,7 @@ def pixels(batch, patch):
 def test_forward_equals_transformers(width, heads, depth, patch):
     config = vilt_config(
         model__width=width, model__fusion__num_heads=heads, model__fusion__depth=depth,
-        model__patch_embed__patch_size=patch, data__patch_size=patch, data__image_size=patch * 4,
+        data__patch_size=patch, data__image_size=patch * 4,
     )  # fmt: skip
     batch = random_batch(config, 5)
     net = oracle(config)

@@ -118,7 +118,8 @@ def test_padding_word_has_no_gradient(made):
         (dict(model__text_embed__vocab_size=50), dict(vocab_size=60), "is 50, but the data has vocab_size 60"),
         (dict(data__image_size=100), dict(vocab_size=60), "Take 96 or 112"),
         (dict(model__fusion__num_heads=3), dict(vocab_size=60), "not divisible by config.model.fusion.num_heads 3"),
-        (dict(data__text_length=20), dict(vocab_size=60), "config.data.text_length is 20"),
+        (dict(model__text_embed__length=20), dict(vocab_size=60), "length is 20, but the data has text_length 32"),
+        (dict(model__patch_embed__patch_size=8), dict(vocab_size=60), "is 8, but the data has patch_size 16"),
     ],
 )
 def test_what_does_not_fit_is_explained(changes, facts, words):

@@ -20,7 +20,7 @@ from vlp_jax.objectives.classification import accuracy, cross_entropy
 from vlp_jax.objectives.matching import exchange
 from vlp_jax.objectives.transport import alignable_text, cosine_cost, transport_plan, word_patch_alignment
 from vlp_jax.systems import base
-from vlp_jax.types import Array, Batch, Extra, Key, LossOut, Params, Term, UserError
+from vlp_jax.types import Array, Batch, Extra, Key, LossOut, Params, Term
 
 Features = Mapping[str, Array]  # "text", "text_mask", "image", "image_mask"
 
@@ -103,16 +103,16 @@ class Vilt(nn.Module):
 
 
 def resolve(config: ConfigDict, facts: Mapping[str, Any]) -> ConfigDict:
-    """Fills the vocabulary's size from the data and checks that the sizes fit; pure."""
-    config = base.fill_unknown(config, facts, {"model.text_embed.vocab_size": "vocab_size"})
+    """Fills the sizes that follow from the data and checks that all sizes fit; pure."""
+    data = config.data
+    known = {**facts, "text_length": data.text_length, "patch_size": data.patch_size}
+    wanted = {"text_embed.length": "text_length", "patch_embed.patch_size": "patch_size"}
+    wanted["text_embed.vocab_size"] = "vocab_size"
+    config = base.fill_unknown(config, known, {f"model.{ours}": fact for ours, fact in wanted.items()})
     base.divisible(config)
-    for ours, theirs in (("text_embed.length", "text_length"), ("patch_embed.patch_size", "patch_size")):
-        part, name = ours.split(".")
-        if config.model[part][name] != config.data[theirs]:
-            raise UserError(
-                f"config.model.{ours} is {config.model[part][name]}, but config.data.{theirs} is "
-                f"{config.data[theirs]}. Give both the same value."
-            )
+    if config.model.patch_embed.grid == -1:
+        # A larger picture may be read with a smaller learned grid, so this one is filled but never compared.
+        config.model.patch_embed.grid = data.image_size // data.patch_size
     return config
 
 
