@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,11 @@ def evaluation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields one pass over a split's pairs in a fixed shuffled order; the last batch is filled up.
 
-    A padding row repeats a real one, with -1 for its ids and labels. Masks and dropped patches depend on the pair
+    Words are masked at `config.evaluation.mask_rate`, whatever the rate of training, so that runs compare. A padding row repeats a real one, with -1 for its ids and labels. Masks and dropped patches depend on the pair
     and the picture only, so they are the same in every evaluation.
 
     Args:
-        config: reads data.
+        config: reads data and evaluation.mask_rate.
         split: of the data.
         batch_size: global.
         examples: how many pairs, evenly spread; 0 = all.
@@ -86,6 +87,8 @@ def evaluation_batches(
     Raises:
         UserError: as `batches`.
     """
+    config = config.copy_and_resolve_references()
+    config.data.mask_rate = config.evaluation.mask_rate
     maker = _Maker(config, split)
     share = _share(batch_size, "evaluation.batch_size", hosts)
     pairs = order.spread(sum(source.pairs for _, source, _ in maker.sources), examples)
@@ -255,10 +258,15 @@ class _Maker:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields the batches of the steps in [start, stop)."""
         expected = specification.spec(self.config, share)
-        dataset = self._dataset(lambda step: self.make(rows(int(step)), seed), start, stop, share, expected)
-        return self._checked(dataset, rows, start, expected)
+        # tensorflow keeps a Python function for ever; what it needs is taken from here, and let go of with the
+        # stream. At exit too: a thread that still wants to call Python then would end the process by an abort.
+        running = {"make": lambda step: self.make(rows(int(step)), seed)}
+        running["iterator"] = self._dataset(running, start, stop, share, expected).as_numpy_iterator()
+        stream = self._checked(running, rows, start, expected)
+        weakref.finalize(stream, running.clear)
+        return stream
 
-    def _dataset(self, make, start, stop, share, expected):
+    def _dataset(self, running, start, stop, share, expected):
         import tensorflow as tf
 
         made = {key: entry for key, entry in expected.items() if key != "patches"}
@@ -268,7 +276,7 @@ class _Maker:
 
         def host_part(step):
             def flat(step):
-                arrays = make(step)
+                arrays = running["make"](step)
                 return [arrays[key] for key in types]
 
             tensors = tf.numpy_function(flat, [step], [kind for kind, _ in types.values()], stateful=False)
@@ -293,13 +301,12 @@ class _Maker:
         )
         return dataset.batch(share, drop_remainder=True).prefetch(self.data.prefetch).with_options(options)
 
-    def _checked(self, dataset, rows, step, expected) -> Iterator[dict[str, np.ndarray]]:
+    def _checked(self, running, rows, step, expected) -> Iterator[dict[str, np.ndarray]]:
         import tensorflow as tf
 
-        iterator = dataset.as_numpy_iterator()
         while True:
             try:
-                batch = next(iterator)
+                batch = next(running["iterator"])
             except StopIteration:
                 return
             except tf.errors.OpError as error:

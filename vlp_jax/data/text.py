@@ -225,6 +225,27 @@ def _sentence_piece_starts(pieces: list[str], special: dict[str, int]) -> np.nda
     return word_start
 
 
+_TRAINER = {
+    "model_type": "bpe",
+    "hard_vocab_limit": False,
+    "num_threads": 1,
+    "character_coverage": 1.0,
+    "required_chars": "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-",
+    "normalization_rule_name": "nmt_nfkc_cf",  # NFKC and case folding
+    "max_sentence_length": 1 << 16,
+    "pad_id": 0,
+    "unk_id": 1,
+    "bos_id": 2,
+    "eos_id": 3,
+    "pad_piece": "[PAD]",
+    "unk_piece": "[UNK]",
+    "bos_piece": "[CLS]",
+    "eos_piece": "[SEP]",
+    "control_symbols": ["[MASK]"],
+    "minloglevel": 2,
+}
+
+
 def train(texts: Iterable[str], path: str | os.PathLike, size: int) -> None:
     """Trains a SentencePiece model on texts and writes it to `path` (.model) by rename.
 
@@ -255,24 +276,8 @@ def train(texts: Iterable[str], path: str | os.PathLike, size: int) -> None:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=counted(),
             model_writer=written,
-            model_type="bpe",
             vocab_size=size,
-            hard_vocab_limit=False,
-            num_threads=1,
-            character_coverage=1.0,
-            required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-",
-            normalization_rule_name="nmt_nfkc_cf",  # NFKC and case folding
-            max_sentence_length=1 << 16,
-            pad_id=0,
-            unk_id=1,
-            bos_id=2,
-            eos_id=3,
-            pad_piece="[PAD]",
-            unk_piece="[UNK]",
-            bos_piece="[CLS]",
-            eos_piece="[SEP]",
-            control_symbols=["[MASK]"],
-            minloglevel=2,
+            **_TRAINER,
         )
     except (RuntimeError, OSError) as error:
         raise UserError(

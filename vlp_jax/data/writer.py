@@ -8,21 +8,23 @@ A run that was cut off goes on with the shards that it had finished. The bytes d
 from __future__ import annotations
 
 import contextlib
-import errno
+import dataclasses
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from vlp_jax.data.datasets import Dropped, get
+from vlp_jax.data.shards import PLACE_ERRORS, digest, save, write_shard
 from vlp_jax.types import UserError
 
 MANIFEST = "manifest.json"
@@ -30,16 +32,20 @@ UNFINISHED = "unfinished"
 RAW = "raw"
 SHARD_RECORDS = 4096  # about 0.7 GB of photographs of COCO's size
 VOCABULARY_SIZE = 8000
-PACKAGES = ("array-record", "numpy", "pillow", "sentencepiece", "tensorflow-datasets", "vlp_jax")
-PLACE_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-}
+PACKAGES = ("array-record", "numpy", "pillow", "sentencepiece", "tensorflow-datasets")  # that make the bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    """What is to be made of what, and what tells it from other data sets."""
+
+    module: ModuleType
+    source: Path
+    target: Path
+    options: dict
+    vocabulary: Path | None
+    vocabulary_size: int
+    identity: dict  # as json gives it back
 
 
 def write(
@@ -53,69 +59,74 @@ def write(
     workers: int = 0,
     max_bad: float = 0.01,
     overwrite: bool = False,
-) -> dict:
-    """Prepares a data set and returns its manifest, with "fresh": whether anything had to be done.
+) -> tuple[dict, bool]:
+    """Prepares a data set; returns its manifest and whether anything had to be done.
 
     Args:
         module: a data set, see `datasets.get`.
-        source: folder of its raw files; ignored where the module draws them itself, into target/raw.
-        target: the data directory, made if need be; files of other people in it are left alone.
+        source: folder of its raw files; not used where the module draws them itself, into target/raw.
+        target: the data directory, made if need be; other files in it are left alone.
         options: of the data set (its OPTIONS hold the defaults).
-        vocabulary: vocab.txt or *.model to copy; "" trains one on the captions.
+        vocabulary: vocab.txt or *.model to copy; "" trains one on the texts of the data set.
         vocabulary_size: of the trained one, at most.
         workers: processes; 0 = one a core, 1 = none besides this one.
         max_bad: largest share of examples that may be dropped.
-        overwrite: replaces a data set that was prepared otherwise.
+        overwrite: replaces a data set that was prepared otherwise, once the new one is finished.
 
     Raises:
         UserError: whatever is wrong with the source, the target, the options or the disk.
     """
-    target = Path(target).expanduser().absolute()
-    options = {**module.OPTIONS, **(options or {})}
-    asked = {
-        "dataset": module.NAME,
-        "builder_version": module.VERSION,
-        "options": options,
-        "vocabulary": digest(Path(vocabulary))
-        if vocabulary
-        else f"trained, at most {vocabulary_size} pieces",
-    }
-    with _place(target):
-        drawn = hasattr(module, "draw")
-        if drawn:
-            module.check(**options)
-            source = target / RAW
-        else:
-            source = Path(source).expanduser().absolute()
-            asked["sources"] = [_entry(path, source) for path in module.sources(source, **options)]
-        done = _prepared(target, asked, overwrite)
-        if done is not None:
-            return done | {"fresh": False}
+    order = _order(module, source, target, {**module.OPTIONS, **(options or {})}, vocabulary, vocabulary_size)
+    with _place(order.target):
+        there = _prepared(order, overwrite)
+        if there is not None:
+            return there, False
         with _processes(workers) as each:
-            if drawn:
-                _draw(module, source, asked, each, overwrite)
-                asked["sources"] = [_entry(path, source) for path in module.sources(source, **options)]
-            manifest = _build(module, source, target, asked, Path(vocabulary), vocabulary_size, max_bad, each)
-    return manifest | {"fresh": True}
+            if hasattr(module, "draw"):
+                _draw(order, each, overwrite)
+            return _build(order, each, max_bad), True
 
 
-def digest(path: Path) -> str:
-    """The sha256 of a file, in hex.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
-        ) from error
+def summary(manifest: dict) -> str:
+    """What a prepared directory holds, a few lines for people."""
+    lines = [
+        f"{name}: {one['records']} pictures, {one['pairs']} captions"
+        for name, one in manifest["splits"].items()
+    ]
+    records, dropped = sum(one["records"] for one in manifest["splits"].values()), manifest["dropped"]
+    lines.append(f"vocabulary: {manifest['vocabulary']['size']} pieces in {manifest['vocabulary']['file']}")
+    lines.append(f"dropped: {len(dropped)} pictures ({len(dropped) / (records + len(dropped)):.2%})")
+    lines += [f"  {one['split']}: {one['file']} {one['reason']}" for one in dropped[:5]]
+    return "\n".join(lines)
 
 
-def _entry(path: Path, folder: Path) -> dict:
-    return {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": digest(path)}
+def _order(module, source, target, options: dict, vocabulary, vocabulary_size: int) -> _Order:
+    """Looks at everything that can be wrong before anything is made."""
+    target = Path(target).expanduser().absolute()
+    identity = {"dataset": module.NAME, "builder_version": module.VERSION, "options": options}
+    identity["vocabulary"] = f"trained, at most {vocabulary_size} pieces"
+    if vocabulary:
+        from vlp_jax.data.text import Vocabulary
+
+        vocabulary = Path(vocabulary).expanduser()
+        Vocabulary.load(vocabulary)
+        identity["vocabulary"] = digest(vocabulary)
+    if hasattr(module, "draw"):
+        module.check(**options)
+        source = target / RAW  # its options say all: no sources
+    else:
+        source = Path(source).expanduser().absolute()
+        identity["sources"] = _entries(module.sources(source, **options), source)
+        module.splits(source, **options)
+    plain = json.loads(json.dumps(identity))
+    return _Order(module, source, target, options, vocabulary or None, vocabulary_size, plain)
+
+
+def _entries(paths: Iterable[Path], folder: Path) -> list[dict]:
+    return [
+        {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": digest(path)}
+        for path in paths
+    ]
 
 
 @contextlib.contextmanager
@@ -124,79 +135,79 @@ def _place(target: Path) -> Iterator[None]:
     try:
         target.mkdir(parents=True, exist_ok=True)
         handle = os.open(target, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another run is preparing {target}. Wait for it, or choose another --target."
-            ) from None
-        except OSError:
-            pass  # a file system without locks: nothing to hold on to
-        try:
-            yield
-        finally:
-            os.close(handle)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    try:
+        _lock(handle, target)
+        yield
     except OSError as error:
         if error.errno not in PLACE_ERRORS:
             raise
-        where = error.filename or target
+        raise _unwritable(target, error) from error
+    finally:
+        os.close(handle)
+
+
+def _unwritable(target: Path, error: OSError) -> UserError:
+    folder = next(path for path in (target, *target.parents) if path.is_dir())
+    return UserError(
+        f"{error.filename or target} cannot be written: {error.strerror or error}; "
+        f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free in {folder}. Make room or choose another "
+        "--target, then start again: finished parts are kept."
+    )
+
+
+def _lock(handle: int, target: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         raise UserError(
-            f"{where} cannot be written: {error.strerror or os.strerror(error.errno)}. {_free(target)} Nothing "
-            "half-written counts; free space or choose another --target, then start again: finished shards are kept."
-        ) from error
+            f"Another run is preparing {target}. Only one can. Wait for it, or choose another --target."
+        ) from None
+    except OSError:
+        pass  # a file system without locks: nothing to hold on to
 
 
-def _free(target: Path) -> str:
-    place = next(path for path in (target, *target.parents) if path.is_dir())
-    return f"{shutil.disk_usage(place).free / 2**20:.0f} MiB are free there."
-
-
-def _prepared(target: Path, asked: dict, overwrite: bool) -> dict | None:
-    """The manifest that is there if it is what was asked for; clears it away if it may be overwritten."""
-    path = target / MANIFEST
+def _prepared(order: _Order, overwrite: bool) -> dict | None:
+    """The manifest that is there if it is what was asked for, None if there is none or it may be replaced."""
+    path = order.target / MANIFEST
     if not path.exists():
         return None
     try:
-        there = json.loads(path.read_bytes())
-        files = [shard for split in there["splits"].values() for shard in [*split["shards"], split["index"]]]
+        manifest = json.loads(path.read_bytes())
+        there = {key: manifest[key] for key in order.identity}
+        there["vocabulary"] = manifest["vocabulary"]["origin"]
+        bad = [one["file"] for one in _files(manifest) if _size(order.target / one["file"]) != one["bytes"]]
     except (ValueError, KeyError, TypeError) as error:
-        there, files, damage = {}, [], f"its manifest does not read ({type(error).__name__})"
+        bad, other = [], f"its {MANIFEST} does not read ({type(error).__name__}: {error})"
     else:
-        bad = [one["file"] for one in files if _size(target / one["file"]) != one["bytes"]]
-        damage = f"{bad[0]} is missing or has a wrong size" if bad else ""
-    # A drawn data set has no sources before it is drawn; its options say all.
-    other = [key for key, value in asked.items() if there.get("asked", {}).get(key) != _plain(value)]
-    if not damage and not other:
-        return there
+        changes = [_change(key, there[key], order.identity[key]) for key in there]
+        other = "; ".join(filter(None, changes))
+        if not bad and not other:
+            return manifest
     if not overwrite:
-        why = damage or "; ".join(
-            _difference(key, there.get("asked", {}).get(key), _plain(asked[key])) for key in other
-        )
+        why = f"{bad[0]} is missing or has a wrong size" if bad else other
         raise UserError(
-            f"{target} holds a data set already, and it is not the one asked for: {why}. Choose another --target, or "
-            "give --overwrite to replace it."
+            f"{order.target} holds a data set that is not the one asked for: {why}. Choose another --target, or give "
+            "--overwrite to replace it."
         )
-    path.unlink()
-    for name in [one["file"] for one in files]:
-        (target / name).unlink(missing_ok=True)
     return None
 
 
-def _difference(key: str, there: object, wanted: object) -> str:
+def _files(manifest: dict) -> list[dict]:
+    return [one for split in manifest["splits"].values() for one in [*split["shards"], split["index"]]]
+
+
+def _change(key: str, there: object, wanted: object) -> str:
+    """What is different, "" if nothing is."""
+    if there == wanted:
+        return ""
     if isinstance(there, dict) and isinstance(wanted, dict):
-        keys = [name for name in wanted if there.get(name) != wanted[name]]
-        return "; ".join(f"{name} is {there.get(name)!r}, asked for {wanted[name]!r}" for name in keys)
-    if isinstance(there, list) and isinstance(wanted, list):
-        changed = [one["file"] for one in wanted if one not in there] + [
-            one["file"] for one in there if one not in wanted
-        ]
-        return f"source files differ ({', '.join(sorted(set(changed))[:4])})"
+        return "; ".join(filter(None, (_change(name, there.get(name), wanted[name]) for name in wanted)))
+    if isinstance(there, list) and key == "sources":
+        changed = {one["file"] for one in [*there, *wanted] if one not in there or one not in wanted}
+        return f"source files have changed ({', '.join(sorted(changed))})"
     return f"{key} is {there!r}, asked for {wanted!r}"
-
-
-def _plain(value: object) -> object:
-    """As json gives it back: tuples are lists."""
-    return json.loads(json.dumps(value))
 
 
 def _size(path: Path) -> int:
@@ -208,11 +219,27 @@ def _processes(workers: int) -> Iterator[Callable[[Callable, list], Iterator]]:
     """Gives `each(function, jobs)`: function(job) in the order of jobs, in this process or in several."""
     workers = workers or os.cpu_count() or 1
     if workers == 1:
-        yield lambda function, jobs: map(function, jobs)
+        yield map
         return
     # Spawned, not forked: tensorflow and jax have threads that a fork would not take along.
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield lambda function, jobs: pool.imap(function, jobs) if len(jobs) > 1 else map(function, jobs)
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        yield executor.map
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """A worker ends without a word on Ctrl-C, and when the process that started it is gone."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _bar(items: Iterable, total: int, unit: str, what: str) -> Iterator:
@@ -222,168 +249,109 @@ def _bar(items: Iterable, total: int, unit: str, what: str) -> Iterator:
     return tqdm(items, total=total, unit=unit, desc=what, disable=None)
 
 
-def _draw(module: ModuleType, raw: Path, asked: dict, each: Callable, overwrite: bool) -> None:
+def _draw(order: _Order, each: Callable, overwrite: bool) -> None:
     """Draws the raw files beside their place and renames the folder, so that a folder `raw` is whole."""
+    raw = order.source
     mark = raw / "options.json"
-    wanted = _plain({key: asked[key] for key in ("dataset", "builder_version", "options")})
+    wanted = {key: order.identity[key] for key in ("dataset", "builder_version", "options")}
     if raw.exists():
         there = json.loads(mark.read_bytes()) if mark.is_file() else None
         if there == wanted:
             return
         if there is None or not overwrite:
-            why = "was drawn with other options" if there else "is not a folder that was drawn here"
-            raise UserError(
-                f"{raw} {why}. Choose another --target" + (", or give --overwrite." if there else ".")
-            )
-        shutil.rmtree(raw)
+            why = f"has {_change('', there, wanted)}" if there else "was not drawn by this program"
+            what = "Choose another --target" + (", or give --overwrite to replace it." if there else ".")
+            raise UserError(f"{raw} is in the way: it {why}. {what}")
     unfinished = raw.with_name(f"{RAW}.{UNFINISHED}")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir()
-    module.draw(
+    _empty(unfinished)
+    order.module.draw(
         unfinished,
         lambda function, jobs: _bar(each(function, jobs), len(jobs), "part", "draw"),
-        **asked["options"],
+        **order.options,
     )
-    (unfinished / mark.name).write_text(json.dumps(wanted))
+    save(unfinished / mark.name, json.dumps(wanted).encode())
+    if raw.exists():
+        shutil.rmtree(raw)
     unfinished.rename(raw)
 
 
-def _build(
-    module: ModuleType,
-    source: Path,
-    target: Path,
-    asked: dict,
-    vocabulary: Path,
-    vocabulary_size: int,
-    max_bad: float,
-    each: Callable,
-) -> dict:
+def _empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _build(order: _Order, each: Callable, max_bad: float) -> dict:
     """Writes everything into target/unfinished, moves it to its place and returns the manifest."""
-    asked, options = _plain(asked), asked["options"]
-    folder = _begin(target / UNFINISHED, asked)
+    module, source, options = order.module, order.source, order.options
+    folder = _begin(order)
+    vocabulary = _vocabulary(order, folder)
     jobs = [
         (module.NAME, str(source), options, split, shard, shards, str(folder))
         for split in module.splits(source, **options)
         for shards in [-(-module.count(source, split, **options) // SHARD_RECORDS)]
         for shard in range(shards)
     ]
-    done = list(_bar(each(_shard, jobs), len(jobs), "shard", "write"))
+    done = list(_bar(each(write_shard, jobs), len(jobs), "shard", "write"))
     dropped = [one for result in done for one in result["dropped"]]
-    records = sum(len(result["captions"]) for result in done)
-    _check_dropped(module.NAME, dropped, records, max_bad)
     splits = {}
     for split in dict.fromkeys(job[3] for job in jobs):
         results = [result for job, result in zip(jobs, done, strict=True) if job[3] == split]
         splits[split] = _index(folder, split, results)
-    words = _vocabulary(module, source, folder, options, vocabulary, vocabulary_size)
+        _check_dropped(split, dropped, splits[split]["records"], max_bad)
     _metadata(module, folder, splits)
     manifest = {
         "dataset": module.NAME,
         "builder_version": module.VERSION,
         "licence": module.LICENCE,
-        "created_with": {name: _version(name) for name in PACKAGES},
+        "created_with": {name: importlib.metadata.version(name) for name in PACKAGES},
         "splits": splits,
-        "sources": asked["sources"],
+        "sources": _entries(module.sources(source, **options), source),
         "dropped": dropped,
-        "vocabulary": words,
+        "vocabulary": vocabulary,
         "visual_words": list(module.VISUAL_WORDS),
-        "options": asked["options"],
-        "asked": asked,
+        "options": order.identity["options"],
     }
-    (folder / "plan.json").unlink()
-    for path in sorted(folder.glob("*.done.json")):
-        path.unlink()
-    for path in sorted(folder.iterdir()):
-        path.rename(target / path.name)
-    folder.rmdir()
-    _save(target / MANIFEST, json.dumps(manifest, indent=1).encode())
+    _install(folder, order.target, manifest)
     return manifest
 
 
-def _begin(folder: Path, asked: dict) -> Path:
+def _begin(order: _Order) -> Path:
     """The folder of unfinished work: kept if it was for the same data set, else emptied."""
+    folder = order.target / UNFINISHED
     plan = folder / "plan.json"
-    content = json.dumps(
-        asked | {"records_a_shard": SHARD_RECORDS, "versions": [_version(name) for name in PACKAGES]}
-    )
+    versions = [importlib.metadata.version(name) for name in PACKAGES]
+    content = json.dumps(order.identity | {"shard_records": SHARD_RECORDS, "versions": versions})
     if not plan.is_file() or plan.read_text() != content:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir()
-        _save(plan, content.encode())
+        _empty(folder)
+        save(plan, content.encode())
     return folder
 
 
-def _shard(job: tuple[str, str, dict, str, int, int, str]) -> dict:
-    """Writes one shard, or finds it finished; returns what the manifest and the index need of it."""
-    dataset, source, options, split, shard, shards, folder = job
-    name = f"{dataset}-{split}.array_record-{shard:05d}-of-{shards:05d}"
-    path, note = Path(folder) / name, Path(folder) / f"{name}.done.json"
-    if note.is_file() and path.is_file():
-        result = json.loads(note.read_bytes())
-        if digest(path) == result["sha256"]:
-            return result
-    module = get(dataset)
-    features = module.features()
-    result = {"file": name, "captions": [], "height": [], "width": [], "dropped": []}
-    temporary = path.with_name(f"{name}.tmp")
-    with _record_writer(temporary) as append:
-        for example in module.examples(Path(source), split, shard, shards, **options):
-            if isinstance(example, Dropped):
-                result["dropped"].append({"file": example.file, "reason": example.reason})
-                continue
-            append(features.serialize_example(features.encode_example(example)))
-            result["captions"].append(len(example["captions"]))
-            result["height"].append(example["height"])
-            result["width"].append(example["width"])
-    _check_shard(temporary, len(result["captions"]))
-    result |= {"bytes": temporary.stat().st_size, "sha256": digest(temporary)}
-    temporary.rename(path)
-    _save(note, json.dumps(result).encode())
-    return result
+def _install(folder: Path, target: Path, manifest: dict) -> None:
+    """Moves the finished files over what was there: from here to the end the directory has no manifest."""
+    (target / MANIFEST).unlink(missing_ok=True)
+    for path in target.glob(f"{manifest['dataset']}-*.array_record-*-of-*"):
+        path.unlink()
+    for path in (target / "vocab.txt", target / "vocabulary.model"):
+        path.unlink(missing_ok=True)
+    wanted = {one["file"] for one in _files(manifest)} | {manifest["vocabulary"]["file"]}
+    for path in sorted(folder.iterdir()):
+        if path.name in wanted | {"dataset_info.json", "features.json"}:
+            path.rename(target / path.name)
+    shutil.rmtree(folder)
+    save(target / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-@contextlib.contextmanager
-def _record_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """An ArrayRecord file on disk; its writer's RuntimeErrors become the OSErrors that they stand for."""
-    from array_record.python import array_record_module
-
-    try:
-        writer = array_record_module.ArrayRecordWriter(
-            str(path), "group_size:1"
-        )  # one record a chunk: random access
-        try:
-            yield writer.write
-        finally:
-            writer.close()
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    except RuntimeError as error:
-        for number in sorted(PLACE_ERRORS):
-            if os.strerror(number) in str(error):
-                raise OSError(number, os.strerror(number), str(path)) from error
-        raise
-
-
-def _check_shard(path: Path, records: int) -> None:
-    """Reads the count back, because a cut-off shard reports no error, only no records."""
-    from array_record.python import array_record_module
-
-    reader = array_record_module.ArrayRecordReader(str(path))
-    found = reader.num_records()
-    reader.close()
-    if found != records:
-        raise OSError(errno.EIO, f"{found} records of {records} were written", str(path))
-
-
-def _check_dropped(dataset: str, dropped: list[dict], records: int, max_bad: float) -> None:
+def _check_dropped(split: str, dropped: list[dict], records: int, max_bad: float) -> None:
+    dropped = [one for one in dropped if one["split"] == split]
     total = records + len(dropped)
-    if total and len(dropped) / total > max_bad or not records:
+    if len(dropped) > max_bad * total or not records:
         shown = "; ".join(f"{one['file']} {one['reason']}" for one in dropped[:5])
         raise UserError(
-            f"{len(dropped)} of {total} examples of {dataset} cannot be used ({len(dropped) / max(total, 1):.2%}; "
-            f"allowed: {max_bad:.2%}): {shown}{'; ...' if len(dropped) > 5 else ''}. Repair the source, or give a larger --max_bad."
+            f"{len(dropped)} of {total} pictures of the split {split} cannot be used ({len(dropped) / total:.2%}; "
+            f"allowed are {max_bad:.2%}): {shown}{'; ...' if len(dropped) > 5 else ''}. Repair the source and start "
+            "again, or give a larger --max_bad."
         )
 
 
@@ -403,22 +371,25 @@ def _index(folder: Path, split: str, results: list[dict]) -> dict:
         for one in results
     ]
     records, pairs = len(columns["captions"]), int(columns["captions"].sum(dtype=np.int64))
-    return {"records": records, "pairs": pairs, "shards": shards, "index": _entry(path, folder)}
+    return {"records": records, "pairs": pairs, "shards": shards, "index": _entries([path], folder)[0]}
 
 
-def _vocabulary(
-    module: ModuleType, source: Path, folder: Path, options: dict, given: Path, size: int
-) -> dict:
+def _vocabulary(order: _Order, folder: Path) -> dict:
+    """Copies or trains the vocabulary and returns its part of the manifest."""
     from vlp_jax.data import text
 
-    if given.name:
-        path = folder / ("vocab.txt" if given.suffix == ".txt" else "vocabulary.model")
-        text.Vocabulary.load(given)
-        shutil.copyfile(given, path)
+    given = order.vocabulary
+    path = folder / ("vocab.txt" if given and given.suffix == ".txt" else "vocabulary.model")
+    if given:
+        save(path, given.read_bytes())
     else:
-        path = folder / "vocabulary.model"
-        text.train(module.texts(source, **options), path, size)
-    return {"file": path.name, "size": text.Vocabulary.load(path).size, "sha256": digest(path)}
+        text.train(order.module.texts(order.source, **order.options), path, order.vocabulary_size)
+    return {
+        "file": path.name,
+        "size": text.Vocabulary.load(path).size,
+        "sha256": digest(path),
+        "origin": order.identity["vocabulary"],
+    }
 
 
 def _metadata(module: ModuleType, folder: Path, splits: dict) -> None:
@@ -444,20 +415,3 @@ def _metadata(module: ModuleType, folder: Path, splits: dict) -> None:
         version=f"{module.VERSION}.0.0",
         check_data=False,  # each shard's count was read back when it was written
     )
-
-
-def _save(path: Path, content: bytes) -> None:
-    """Writes a small file that is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

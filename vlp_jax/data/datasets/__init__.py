@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One file a data set, found by module name: its public raw format -> records.
 
-A data set module has NAME, LICENCE, VERSION, VISUAL_WORDS, SOURCE (what to download), OPTIONS (name -> default),
-`features()`, `splits(source, **options)`, `sources(...)`, `examples(...)`, `texts(...)`, and, where it can make its
-own raw files, `draw(folder, each, **options)`. `coco` is the model to copy.
+A data set module has NAME, LICENCE, VERSION, VISUAL_WORDS, SOURCE (what to download), OPTIONS (name -> default) and
+HELP (name -> meaning), `features, splits, sources, count, texts, examples`, and, where it makes its own raw files,
+`check, draw`. `coco` is the model to copy.
 """
 
 from __future__ import annotations

@@ -33,6 +33,13 @@ SOURCE = (
     "val2017/, and, for Karpathy's splits, dataset_coco.json; all from cocodataset.org and cs.stanford.edu/people/karpathy"
 )
 OPTIONS = {"splits": [], "same_splits": False, "examples": 0, "captions": 0}
+HELP = {
+    "splits": "split=NAME of captions_NAME.json, e.g. train=train2017,validation=val2017:0/2,test=val2017:1/2 (every "
+    "second picture); or karpathy-train, karpathy-val, karpathy-test. Empty = Karpathy's where his file is, else by name",
+    "same_splits": "all splits hold the pictures of the first one, to check that a model can learn them by heart",
+    "examples": "pictures kept of each split, the first ones; 0 = all",
+    "captions": "captions kept of each picture, the first ones; 0 = all",
+}
 KARPATHY = {"karpathy-train": ("train", "restval"), "karpathy-val": ("val",), "karpathy-test": ("test",)}
 
 

@@ -24,12 +24,19 @@ LICENCE = "CC0 1.0: drawn and worded by this program."
 VISUAL_WORDS = world.COLORS + world.SHAPES + world.PLURALS
 SOURCE = "nothing: it is drawn into DATA_DIR/raw, in the public formats"
 OPTIONS = {"seed": 0, "level": 1, "train": 16_000, "validation": 1000, "test": 1000}
+HELP = {
+    "seed": "of everything that is drawn: the same seed gives the same bytes",
+    "level": "1 learnt in minutes (64 x 64 pixels), 2 smaller objects and other sizes, 3 hard (128 x 128)",
+    "train": "training pictures",
+    "validation": "validation pictures",
+    "test": "test pictures",
+}
 SPACE = 10_000_000  # image ids of a split: a larger set begins with the same pictures as a smaller one
 CHUNK = 500  # pictures drawn by one call
 SPLITS = [f"{split}={folder}" for split, folder in scenes_raw.FOLDERS.items()]
 
 truth = text.truth  # (caption, objects) -> bool, None if the caption is not of the grammar
-oracle_fill = text.fill  # (words, index, objects) -> the words that make the caption true there
+fill = text.fill  # (words, index, objects) -> the words that make the caption true there
 
 
 def features():

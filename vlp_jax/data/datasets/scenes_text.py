@@ -95,11 +95,14 @@ def fill(words: list[str], index: int, objects: list[dict]) -> list[str]:
 def captions(objects: list[dict], level: int, rng: random.Random, count: int = 5) -> list[str]:
     """Returns `count` different true captions of a scene, each of 5 to 25 words, naming all its objects."""
     two_sizes = len(world.LEVELS[level].sizes) > 1
+    forms = FORMS[min(len(objects), 3)]
+    turn = rng.sample(forms, len(forms))  # each form once before any comes again
     written: list[str] = []
     while len(written) < count:
+        form = turn.pop() if turn else rng.choice(forms)
         items = rng.sample(objects, len(objects))
         things = [_thing(item, len(items), two_sizes, rng) for item in items]
-        text = " ".join(rng.choice(FORMS[min(len(items), 3)])(items, things, rng).split())
+        text = " ".join(form(items, things, rng).split())
         if text not in written and SHORTEST <= len(text.split()) <= LONGEST:
             written.append(text)
     return written
@@ -187,7 +190,7 @@ def _form_group(items, things, rng) -> str:
 FORMS = {
     1: (_form_only, _form_nothing_else, _form_number, _form_places),
     2: (_form_list, _form_only, _form_nothing_else, _form_number, _form_places, _form_relations, _form_group),
-    3: (_form_list, _form_number, _form_places, _form_relations, _form_relations, _form_group),
+    3: (_form_list, _form_number, _form_places, _form_relations, _form_group, _form_nothing_else),
 }  # by the number of objects; 3 also for more
 
 

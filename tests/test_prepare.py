@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: its help, its messages and exit codes, and what lies there when it is done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.data import raw
+from vlp_jax import cli, prepare
+from vlp_jax.data.source import Source
+
+
+def call(capsys, *argv):
+    code = cli.run(prepare.main, prepare.define, usage=prepare.USAGE, arguments=("DATASET",), argv=argv)
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return code, said.out, said.err
+
+
+def test_help_lists_what_to_download():
+    """In a process of its own: the list of data sets is made where the program starts."""
+    run = subprocess.run(
+        [sys.executable, "-m", "vlp_jax.prepare", "--help"], capture_output=True, text=True, check=True
+    )
+    for words in (
+        "scenes  nothing: it is drawn",
+        "coco  captions_train2017.json",
+        "--level",
+        "--same_splits",
+        "--max_bad",
+    ):
+        assert words in run.stdout
+
+
+def test_help_and_errors_need_no_tensorflow():
+    code = (
+        "import sys; from vlp_jax import cli, prepare;"
+        "cli.run(prepare.main, prepare.define, usage='', arguments=('DATASET',), argv=['coco', '--target=t', '--source=none']);"
+        "sys.exit('tensorflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_scenes_twice(capsys, tmp_path):
+    small = ["scenes", f"--target={tmp_path}", "--train=20", "--validation=4", "--test=4", "--workers=1"]
+    code, out, err = call(capsys, *small, "--seed=3", "--level=2")
+    assert code == 0 and out.startswith(f"scenes: done, {tmp_path}\ntrain: 20 pictures, 100 captions\n")
+    assert json.loads((tmp_path / "manifest.json").read_text())["options"]["seed"] == 3
+    assert len(Source(tmp_path, "test")) == 4
+    code, out, err = call(capsys, *small, "--seed=3", "--level=2")
+    assert code == 0 and "already there" in out
+    code, out, err = call(capsys, *small)
+    assert code == 2 and not out and "seed is 3, asked for 0; level is 2, asked for 1" in err
+    assert call(capsys, *small, "--overwrite")[0] == 0
+
+
+def test_coco_eight_pictures_for_a_check_by_heart(capsys, tmp_path):
+    raw.coco(tmp_path / "raw", {"train2017": 9})
+    flags = ["--examples=8", "--captions=1", "--same_splits", "--workers=1"]
+    code, out, _ = call(
+        capsys, "coco", f"--source={tmp_path / 'raw'}", f"--target={tmp_path / 'data'}", *flags
+    )
+    assert code == 0 and out.count("8 pictures, 8 captions") == 3
+    assert Source(tmp_path / "data", "test").read([7]) == Source(tmp_path / "data", "train").read([7])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["sceens", "--target=x"],
+            "There is no data set 'sceens'. Did you mean 'scenes'? Possible: coco, scenes.",
+        ),
+        (["coco", "--target=x"], "--source is missing."),
+        (["scenes"], "--target is missing."),
+        (["scenes", "--target=x", "--captions=2"], "--captions is no flag of scenes. Possible: --target, "),
+        (["scenes", "--target=x", "--source=y"], "--source is no flag of scenes."),
+        (
+            ["coco", "--target=x", "--source=nowhere"],
+            "nowhere is not there. Give --source=FOLDER that holds captions_",
+        ),
+        (["coco", "--target=x", "--source=y", "--examples=-1"], "--examples"),
+        (["scenes", "--target=x", "--max_bad=2"], "--max_bad"),
+        (["scenes", "--target=x", "--levle=2"], "Did you mean 'level'"),
+        (["scenes", "--target=x", "--level=9"], "There is no level 9. Possible: 1, 2, 3. Choose one."),
+        (["scenes", "--target=/dev/null/x"], "cannot be written: Not a directory"),
+        ([], "wanted DATASET"),
+    ],
+)
+def test_wrong_input_is_one_message_and_leaves_no_trace(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, *argv)
+    assert (code, out) == (2, "") and message in err
+    assert not list(tmp_path.iterdir())
