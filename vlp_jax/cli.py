@@ -19,7 +19,10 @@ from pathlib import Path
 
 # Before jax and tensorflow load their C++ parts, which read these once. What the user has set stands.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # saves its lines on standard error, and nothing here would use it
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# tensorflow only reads data here; oneDNN would announce itself whatever the log level, and change the bits by CPU.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from absl import flags as absl_flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
@@ -27,7 +30,7 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 from vlp_jax.types import Stop, UserError, closest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent  # the folder that holds configs/
-ENVIRONMENT = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT}
+ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a tuple"}
 USER_FAULT, OUR_FAULT, INTERRUPTED = 2, 1, 130
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m vlp_jax.train --config=configs/vilt.py:variant=b32 --config.data.dir=DATA --workdir=RUN
+
+Trains to config.train.steps; the same command again resumes. A pod runs it once a host.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from vlp_jax import cli
+
+
+def define(flags: absl_flags.FlagValues) -> None:
+    """The flags of this main."""
+    cli.define_config(flags)
+    absl_flags.DEFINE_string("workdir", "", "folder of the run; made if it is not there", flag_values=flags)
+
+
+def main(flags: absl_flags.FlagValues) -> None:
+    """Puts data, system, mesh and loop together."""
+    cli.require(flags, "config", "workdir")
+    from vlp_jax import systems
+    from vlp_jax.data import pipeline, spec
+    from vlp_jax.evaluation import quick
+    from vlp_jax.parallel import mesh as meshes
+    from vlp_jax.parallel import processes
+    from vlp_jax.training import loop, workdir
+
+    config = flags.config
+    host = processes.start(config.parallel, config.compilation_cache)
+    facts = pipeline.facts(config)
+    module = systems.get(config.system)
+    config = module.resolve(config, facts)
+    mesh = meshes.make_mesh(config.parallel)
+    examples = functools.partial(pipeline.evaluation_batches, config, **host)
+    with workdir.open_workdir(Path(flags.workdir), config, facts["manifest_sha256"]) as folder:
+        system = module.build(config)
+        inputs = loop.Inputs(
+            batches=lambda start: pipeline.batches(config, split=config.data.split, start=start, **host),
+            spec=spec.spec(config, config.train.batch_size),
+            evaluate=quick.evaluator(config, system, facts["visual_ids"], mesh, examples),
+            assets={Path(facts["vocabulary_path"]).name: Path(facts["vocabulary_path"]).read_bytes()},
+            meta={"config": config.to_dict(), "facts": facts},
+        )
+        loop.run(config, system, inputs, folder, mesh)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, define, usage=__doc__))

@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: written in the background, committed by rename, digested, verified before use. The only orbax import.
+
+A step directory holds `params`, `ema` if kept, `state` (step, optimizer, extra, rng), `meta` (JSON), `assets`
+(plain files) and, last of all, `digests.<process>.json`. A step without all of its digests does not exist for
+resume: orbax checks no array bytes, and a flipped one would give silently wrong parameters.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vlp_jax.types import Params, UserError
+
+ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+BARRIER_SECONDS = 600  # how long a process waits for the others at a commit
+
+
+class Checkpointer:
+    """Saves and restores the state of one run in `directory`, `<directory>/<step>/...`."""
+
+    def __init__(
+        self, directory: str | Path, *, every: int, keep: int, best: str = "", asynchronous: bool = True
+    ) -> None:
+        """Writes nothing yet.
+
+        Args:
+            directory: made at the first save.
+            every: steps between saves that are not forced; 0 = only forced ones.
+            keep: newest steps that stay; the newest finite one and the best one stay besides.
+            best: metric whose highest value is kept for ever; "" = none.
+            asynchronous: whether `save` returns as soon as the arrays are copied to the host.
+        """
+        self._directory = Path(directory).absolute()
+        self._every, self._keep, self._best, self._asynchronous = every, max(keep, 1), best, asynchronous
+        self._orbax: ocp.AsyncCheckpointer | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future | None = None
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: Mapping[str, Any],
+        assets: Mapping[str, bytes | str],
+        metrics: Mapping[str, float],
+        force: bool = False,
+    ) -> bool:
+        """Saves a `TrainState` if `step` is due or `force`; returns whether it did.
+
+        A step that is already complete is left alone: the same run makes the same bits.
+
+        Raises:
+            UserError: disk full, no permission (now, or in the save before); older steps are untouched.
+        """
+        path = self._directory / str(step)
+        if not force and (self._every == 0 or step % self._every):
+            return False
+        self.wait()
+        if _is_complete(path):
+            return False
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        items["meta"] = ocp.args.JsonSave({**meta, "step": step, "metrics": dict(metrics)})
+        with self._explaining(path):
+            self._prepare(path)
+            self._orbax.save(path, args=ocp.args.Composite(**items))
+        self._pending = self._thread.submit(self._finish, path, dict(assets))
+        if not self._asynchronous:
+            self.wait()
+        return True
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Returns (state, meta) of a step (default: the newest), each array placed as `abstract_state` says.
+
+        Args:
+            abstract_state: a `TrainState` of `ShapeDtypeStruct`s with shardings, of any mesh.
+
+        Raises:
+            UserError: no such step, a file of it missing or changed, or other parameters than wanted.
+        """
+        self.wait()
+        step = self.latest() if step is None else step
+        if step is None:
+            raise UserError(f"{self._directory} holds no complete checkpoint. Start a new run.")
+        path = self._directory / str(step)
+        _verify(path)
+        items = _items(abstract_state)
+        _check_tree(path, "params", items["params"])
+        if "ema" in items:
+            _check_tree(path, "ema", items["ema"])
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
+            restored = orbax.restore(path, args=ocp.args.Composite(**args))
+        state = dict(restored.state)
+        state = {
+            name: state.get(name, getattr(abstract_state, name))
+            for name in ("step", "opt_state", "extra", "rng")
+        }
+        ema = restored.ema if "ema" in items else {}
+        return dataclasses.replace(abstract_state, params=restored.params, ema=ema, **state), _read_meta(path)
+
+    def latest(self) -> int | None:
+        """The newest step that is committed with all its digests, or None."""
+        return max(_complete_steps(self._directory), default=None)
+
+    def check(self) -> None:
+        """Raises what a save in the background has failed with; call it at every log interval."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save in the background and raises what it has failed with."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, and gives the threads back."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._orbax is not None:
+                self._orbax.close()
+
+    def _prepare(self, path: Path) -> None:
+        if self._orbax is None:
+            # The failure is raised to us; orbax would print it three times besides, with tracebacks.
+            logging.getLogger("absl").addFilter(_not_orbax)
+            # Folders made in the background would report a closed one only after 300 seconds.
+            options = ocp.AsyncOptions(timeout_secs=BARRIER_SECONDS, create_directories_asynchronously=False)
+            self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+            if jax.process_index() == 0:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                for leftover in self._directory.iterdir():
+                    half = leftover.name.isdigit() and not _is_complete(leftover)
+                    if half or ".orbax-checkpoint-tmp" in leftover.name:
+                        shutil.rmtree(leftover)
+        elif jax.process_index() == 0 and path.exists():
+            shutil.rmtree(path)
+
+    def _finish(self, path: Path, assets: Mapping[str, bytes | str]) -> None:
+        with self._explaining(path):
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                (path / "assets").mkdir()
+                for name, content in assets.items():
+                    content = content.encode() if isinstance(content, str) else content
+                    (path / "assets" / name).write_bytes(content)
+            _write_digests(path)
+            if jax.process_index() == 0:
+                self._delete_old()
+
+    def _delete_old(self) -> None:
+        steps = _complete_steps(self._directory)
+        metas = {step: _read_meta(self._directory / str(step)) for step in steps}
+        for step in set(steps) - preserved(metas, self._keep, self._best):
+            path = self._directory / str(step)
+            # Digests first: what is left by a kill in between is no candidate for resume.
+            for file in path.glob("digests.*.json"):
+                file.unlink()
+            shutil.rmtree(path)
+
+    @contextlib.contextmanager
+    def _explaining(self, path: Path) -> Iterator[None]:
+        """Makes a UserError of what the environment is at fault for, after removing what is half written."""
+        try:
+            yield
+        except Exception as error:
+            found = re.search(r"os_error_code='(\d+)'", str(error))  # as tensorstore ends its messages
+            number = int(found[1]) if found else getattr(error, "errno", None)
+            if number not in ENVIRONMENT:
+                raise
+            if jax.process_index() == 0:
+                self._remove_half(path)
+            left = ", ".join(map(str, _complete_steps(self._directory))) or "none"
+            raise UserError(
+                f"The checkpoint of step {path.name} could not be written to {self._directory}: "
+                f"{os.strerror(number)}. Complete steps there: {left}. Make room or give permission, and start "
+                "the same command again."
+            ) from error
+
+    def _remove_half(self, path: Path) -> None:
+        for _ in range(20):  # orbax's other threads may still be writing into it
+            halves = list(self._directory.glob(f"{path.name}.orbax-checkpoint-tmp*"))
+            halves += [path] if path.exists() and not _is_complete(path) else []
+            if not halves:
+                return
+            for half in halves:
+                shutil.rmtree(half, ignore_errors=True)
+            time.sleep(0.1)
+
+
+def preserved(metas: Mapping[int, Mapping[str, Any]], keep: int, best: str) -> set[int]:
+    """Which steps stay: the newest `keep`, the newest finite one, and the first of the highest `best` metric."""
+    steps = sorted(metas)
+    finite = [step for step in steps if metas[step].get("finite", True)]
+    kept = {*steps[-keep:], *finite[-1:]}
+    scores = {step: metas[step].get("metrics", {}).get(best, math.nan) for step in finite}
+    scores = {step: score for step, score in scores.items() if math.isfinite(score)}
+    return kept | ({max(scores, key=scores.get)} if scores else set())
+
+
+def restore_params(path: str | Path, abstract_params: Params | None = None) -> Params:
+    """Returns the parameters at `path`, as numpy arrays or, given `abstract_params`, placed as it says.
+
+    Args:
+        path: a step directory, a `checkpoints` directory or a workdir (of these, the newest finite step).
+        abstract_params: nested dict of `ShapeDtypeStruct`s with shardings.
+
+    Raises:
+        UserError: nothing complete there, a file missing or changed, or other names or shapes than wanted.
+    """
+    path = _resolve(Path(path))
+    _verify(path, ("params", "meta"))
+    handler = ocp.PyTreeCheckpointHandler()
+    if abstract_params is not None:
+        _check_tree(path, "params", abstract_params)
+        with ocp.StandardCheckpointer() as orbax:
+            return orbax.restore(path / "params", abstract_params)
+    wanted = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path / "params").tree
+    )
+    with ocp.Checkpointer(handler) as orbax:
+        return orbax.restore(path / "params", args=ocp.args.PyTreeRestore(restore_args=wanted))
+
+
+def open_for_inference(path: str | Path) -> tuple[Params, dict[str, Any], dict[str, Path]]:
+    """Returns (parameters as nested dict of numpy arrays, meta, assets by file name) of a checkpoint.
+
+    Args:
+        path: as for `restore_params`.
+
+    Raises:
+        UserError: as `restore_params`, and a missing or changed asset.
+    """
+    path = _resolve(Path(path))
+    _verify(path, ("assets",))
+    params = restore_params(path)
+    return params, _read_meta(path), {file.name: file for file in sorted((path / "assets").iterdir())}
+
+
+def _items(state: Any) -> dict[str, Any]:
+    rest = {"step": state.step, "opt_state": state.opt_state, "extra": state.extra, "rng": state.rng}
+    items = {
+        "params": state.params,
+        "state": {name: tree for name, tree in rest.items() if jax.tree.leaves(tree)},
+    }
+    return {**items, "ema": state.ema} if jax.tree.leaves(state.ema) else items
+
+
+def _resolve(path: Path) -> Path:
+    """The step directory that a checkpoint path of any kind means."""
+    path = path.expanduser().absolute()
+    if (path / "params").is_dir():
+        return path
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    metas = {step: _read_meta(directory / str(step)) for step in _complete_steps(directory)}
+    finite = [step for step, meta in metas.items() if meta.get("finite", True)]
+    if not finite:
+        given = "holds no complete checkpoint" if path.is_dir() else "does not exist"
+        raise UserError(
+            f"{path} {given}. Possible: a workdir, its folder checkpoints, or one step in it. Give one of these, "
+            "or train first."
+        )
+    return directory / str(max(finite))
+
+
+def _complete_steps(directory: Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted(
+        int(path.name) for path in directory.iterdir() if path.name.isdigit() and _is_complete(path)
+    )
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        processes = json.loads((path / "digests.0.json").read_text())["processes"]
+    except (OSError, ValueError, KeyError):
+        # A damaged digest file is found by _verify; here it only has to be there.
+        return (path / "digests.0.json").is_file()
+    return all((path / f"digests.{process}.json").is_file() for process in range(processes))
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "meta" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(path, "meta/metadata", "is missing or unreadable") from error
+
+
+def _files(path: Path) -> Iterator[str]:
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and not file.name.startswith("digests."):
+            yield file.relative_to(path).as_posix()
+
+
+def _write_digests(path: Path) -> None:
+    """Writes this process's part of the digests; array data is shared out, the rest is of process 0."""
+    process, processes = jax.process_index(), jax.process_count()
+    deadline = time.monotonic() + BARRIER_SECONDS
+    while not path.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.1)  # process 0 commits by rename; on a shared file system the others see it later
+    mine = [n for n in _files(path) if (zlib.crc32(n.encode()) % processes if "/d/" in n else 0) == process]
+    digests = dict(zip(mine, _hash_all(path, mine), strict=True))
+    target = path / f"digests.{process}.json"
+    temporary = target.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump({"processes": processes, "files": digests}, file, indent=0)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(target)
+
+
+def _hash_all(path: Path, names: list[str]) -> list[str]:
+    def digest(name: str) -> str:
+        try:
+            with (path / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            return ""
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return list(pool.map(digest, names))
+
+
+def _verify(path: Path, items: tuple[str, ...] = ()) -> None:
+    """Compares the files of a step (or of some items) with their digests.
+
+    Raises:
+        UserError: names the first file that is missing or changed, or says that the step is incomplete.
+    """
+    if not _is_complete(path):
+        raise UserError(
+            f"{path} is no complete checkpoint: its digests.*.json are missing. Choose another step."
+        )
+    files: dict[str, str] = {}
+    for listing in sorted(path.glob("digests.*.json")):
+        try:
+            files |= json.loads(listing.read_text())["files"]
+        except (ValueError, KeyError) as error:
+            raise _damaged(path, listing.name, "is unreadable") from error
+    names = [name for name in files if not items or name.split("/")[0] in items]
+    for name, actual in zip(names, _hash_all(path, names), strict=True):
+        if actual != files[name]:
+            raise _damaged(path, name, "has changed since it was written" if actual else "is missing")
+
+
+def _damaged(path: Path, name: str, how: str) -> UserError:
+    earlier = [
+        step for step in _complete_steps(path.parent) if not path.name.isdigit() or step < int(path.name)
+    ]
+    advice = f"go back to step {earlier[-1]}" if earlier else "start again: there is no earlier step"
+    item = name.split("/")[0]
+    return UserError(f"Checkpoint {path}: {name} (part of {item}) {how}. Delete {path} to {advice}.")
+
+
+def _check_tree(path: Path, item: str, wanted: Any) -> None:
+    """Compares names and shapes with what an item holds.
+
+    Raises:
+        UserError: one sorted report of missing, unexpected and mis-shaped arrays.
+    """
+    if not (path / item).is_dir():
+        raise UserError(
+            f"Checkpoint {path} has no {item}, but this configuration needs it. Use the run's own config."
+        )
+    held = _shapes(ocp.PyTreeCheckpointHandler().metadata(path / item).tree)
+    shapes = _shapes(wanted)
+    lines = [f"  missing {name} {shapes[name]}" for name in shapes.keys() - held.keys()]
+    lines += [f"  unexpected {name} {held[name]}" for name in held.keys() - shapes.keys()]
+    lines += [
+        f"  shape of {name}: {held[name]}, wanted {shapes[name]}"
+        for name in shapes.keys() & held.keys()
+        if shapes[name] != held[name]
+    ]
+    if lines:
+        report = "\n".join(sorted(lines)[:20])
+        raise UserError(
+            f"Checkpoint {path}: {item} does not fit this configuration in {len(lines)} of {len(shapes)} arrays.\n"
+            f"{report}\nUse the config it was written with (config.json of its workdir, or its meta)."
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): tuple(leaf.shape)
+        for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    }
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname

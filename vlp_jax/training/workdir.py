@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: held by one process at a time, and by one configuration for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vlp_jax.types import UserError
+
+# What a restart may change: where and how fast it runs, how often it tells, saves and looks, and for how long.
+FREE = re.compile(
+    r"(parallel|checkpoint|evaluation)\..*|compilation_cache|data\.(dir|threads|prefetch)"
+    r"|train\.(log_every|evaluate_every|max_skipped|watchdog)"
+)
+MANIFEST = "manifest_sha256"
+
+
+@contextlib.contextmanager
+def open_workdir(path: str | Path, config: ConfigDict, manifest_sha256: str) -> Iterator[Path]:
+    """Makes the folder, locks it, and writes config.json; gives its absolute path.
+
+    Only process 0 does so: the others of a run share its folder.
+
+    Args:
+        path: the folder; what is not there is made.
+        config: resolved.
+        manifest_sha256: of the data, so that the same data may lie elsewhere at a restart.
+
+    Raises:
+        UserError: another process holds it, or it belongs to a run of another configuration or other data.
+    """
+    folder = Path(path).expanduser().absolute()
+    if jax.process_index() != 0:
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--workdir {folder} is, or lies below, a file. Give a folder.") from error
+    with _locked(folder):
+        _claim(folder, {**json.loads(config.to_json()), MANIFEST: manifest_sha256})
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The kernel lets go of the lock when the process ends, however it ends."""
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(handle, 200).decode(errors="replace").strip() or "unknown"
+            raise UserError(
+                f"--workdir {folder} is in use by {holder}. Wait for that run, stop it, or give another --workdir."
+            ) from error
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def _claim(folder: Path, new: dict[str, Any]) -> None:
+    """Compares with the config.json of the run that lives here, and writes the new one."""
+    file = folder / "config.json"
+    if file.is_file():
+        try:
+            old = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(
+                f"{file} is damaged: {error}. Give another --workdir, or delete this one."
+            ) from error
+        if changed := differences(old, new):
+            raise UserError(
+                f"--workdir {folder} belongs to a run of another configuration:\n"
+                + "\n".join(f"  {key}: {before} there, {now} given" for key, before, now in changed)
+                + "\nGive the same values, or another --workdir."
+            )
+    elif (folder / "checkpoints").exists():
+        raise UserError(f"--workdir {folder} holds checkpoints but no config.json. Give another --workdir.")
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as out:
+        json.dump(new, out, indent=2, sort_keys=True)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.rename(file)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What a restart must not change: (dotted key, old value, new value), sorted; "absent" where there is none."""
+    before, now = dict(_flatten(old)), dict(_flatten(new))
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        one, other = before.get(key, "absent"), now.get(key, "absent")
+        longer = key == "train.steps" and one != "absent" and other != "absent" and other > one
+        if one != other and not FREE.fullmatch(key) and not longer:
+            found.append((key, one, other))
+    return found
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
