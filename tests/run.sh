@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Runs the tests in an environment of their own: the fast lane, then the default lane.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash tests/run.sh [--fast | --learn] [--oracle] [PYTEST ARGUMENTS...]
+
+Makes .environment-tests/ and runs the fast lane, then the default one. PYTEST ARGUMENTS are passed on and name files
+from the repository's root: bash tests/run.sh tests/data -k order
+
+  --fast     the fast lane only: under 5 minutes on two cores
+  --learn    the learning lane only: trains until it has learnt; one process, up to an hour
+  --oracle   installs torch and transformers, which some tests compare with, and fails where such a test skips
+TEXT
+}
+
+lanes=("not slow and not learn" "slow and not learn")
+requirements=(requirements.txt requirements-dev.txt)
+workers=2
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --help | -h) usage && exit 0 ;;
+        --fast) lanes=("not slow and not learn") ;;
+        --learn) lanes=("learn") && workers=0 ;;
+        --oracle) requirements+=(requirements-oracle.txt) && export VLP_JAX_ORACLE=1 ;;
+        *) break ;;
+    esac
+    shift
+done
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=$(bash launch/environment.sh .environment-tests "${requirements[@]}")
+# Compiled programs are kept between runs and shared by the workers and the programs that tests start.
+export JAX_COMPILATION_CACHE_DIR="${python%/bin/python}/compiled" JAX_COMPILATION_CACHE_MAX_SIZE=2147483648
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+
+result=5 # pytest's "no test ran", until a lane says otherwise
+for lane in "${lanes[@]}"; do
+    code=0
+    # A file stays on one worker: its module fixtures are made once.
+    "$python" -m pytest -m "$lane" -n "$workers" --dist loadfile "$@" || code=$?
+    if [ "$code" -ne 5 ] && { [ "$result" -eq 5 ] || [ "$code" -ne 0 ]; }; then result=$code; fi
+done
+exit "$result"
