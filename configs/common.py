@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
     evaluation.train_split = "validation"  # looked at while training
     evaluation.train_examples = 512  # how many of them
     evaluation.batch_size = 128  # global; pairs
+    evaluation.mask_rate = 0.15  # of the word pieces; apart from data.mask_rate, so that runs compare
     evaluation.examples = 0  # 0 = all
     evaluation.gallery = 100  # pictures among which retrieval searches; 0 = all
     evaluation.pictures = 6  # drawn into the report, a kind
@@ -95,6 +96,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.train.steps = 2
     config.train.batch_size = 4
     config.train.log_every = 1
+    config.optimizer.warmup = 0.1  # a warm-up in steps may be longer than the run
     config.checkpoint.every = 1
     config.evaluation.batch_size = 4
     config.evaluation.examples = 8

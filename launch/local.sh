@@ -64,8 +64,7 @@ fi
 stage vlp_jax.train --config=configs/vilt.py:variant=tiny --workdir="$workdir" --config.data.dir="$data" \
     ${train[@]+"${train[@]}"} ${flags[@]+"${flags[@]}"}
 if [ -f "$workdir/report.html" ] && [ -z "$(find "$workdir/checkpoints" -newer "$workdir/report.html" 2>&1)" ]; then
-    echo "All is done." >&2
+    echo "All is done. report: $workdir/report.html"
 else
-    stage vlp_jax.evaluate --workdir="$workdir"
+    stage vlp_jax.evaluate --workdir="$workdir" # prints where report.html lies
 fi
-$dry || echo "report: $workdir/report.html"

@@ -7,8 +7,6 @@ import fcntl
 import os
 import pathlib
 import re
-import subprocess
-import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax; TF_* before tensorflow
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -57,25 +55,6 @@ def scenes_dir(tmp_path_factory) -> pathlib.Path:
         options = {"train": 64, "validation": 24, "test": 24}
         writer.write(datasets.get("scenes"), "", base / "scenes", options=options, workers=1)
     return base / "scenes"
-
-
-@pytest.fixture
-def smoke_run(scenes_dir, tmp_path):
-    """A function that starts `python -m vlp_jax.train` on scenes as a user does, on one device, and waits for it."""
-
-    def run(*arguments: str, config: str = "configs/vilt.py:variant=tiny,smoke", **environment: str):
-        command = [
-            sys.executable,
-            "-m",
-            "vlp_jax.train",
-            f"--config={config}",
-            f"--workdir={tmp_path / 'run'}",
-        ]
-        command += [f"--config.data.dir={scenes_dir}", "--config.compilation_cache=", *arguments]
-        environment = os.environ | environment
-        return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-
-    return run
 
 
 def _grouped(report):

@@ -31,15 +31,14 @@ done
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$(bash launch/environment.sh .environment-tests "${requirements[@]}")
-# Compiled programs are kept between runs and shared by the workers and the programs that tests start.
-export JAX_COMPILATION_CACHE_DIR="${python%/bin/python}/compiled" JAX_COMPILATION_CACHE_MAX_SIZE=2147483648
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+# Compiled programs are kept for a week and shared by the workers and by the programs that tests start.
+export JAX_COMPILATION_CACHE_DIR="${python%/bin/python}/compiled" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
+find "$JAX_COMPILATION_CACHE_DIR" -type f -mtime +7 -delete 2>/dev/null || true
 
 result=5 # pytest's "no test ran", until a lane says otherwise
 for lane in "${lanes[@]}"; do
     code=0
-    # A file stays on one worker: its module fixtures are made once.
-    "$python" -m pytest -m "$lane" -n "$workers" --dist loadfile "$@" || code=$?
+    "$python" -m pytest -m "$lane" -n "$workers" --dist worksteal "$@" || code=$?
     if [ "$code" -ne 5 ] && { [ "$result" -eq 5 ] || [ "$code" -ne 0 ]; }; then result=$code; fi
 done
 exit "$result"

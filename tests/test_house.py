@@ -126,10 +126,12 @@ def local(tmp_path: pathlib.Path, *arguments: str, **environment: str) -> subpro
 
 
 def test_local_dry_run_shows_the_road(tmp_path):
-    run = local(tmp_path, "--dry-run", "--workdir=here", "--config.train.steps=7", PYTHON=sys.executable)
+    run = local(
+        tmp_path, "--dry-run", "--data=raw", "--workdir=here", "--config.train.steps=7", PYTHON=sys.executable
+    )
     assert run.returncode == 0, run.stderr
     prepare, train, evaluate = run.stdout.splitlines()
-    assert "vlp_jax.prepare scenes" in prepare and "vlp_jax.evaluate" in evaluate
+    assert f"vlp_jax.prepare scenes --target={tmp_path}/raw" in prepare and "vlp_jax.evaluate" in evaluate
     assert f"--workdir={tmp_path}/here" in train and "--config.train.steps=7" in train
     assert not list(tmp_path.iterdir())
 
@@ -142,12 +144,11 @@ def test_local_names_a_wrong_argument_and_a_missing_python(tmp_path):
 
 
 def commands() -> list[str]:
-    """The lines of the README's shell blocks, continued lines joined, comments cut."""
-    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    """The command lines in the README's blocks, continued lines joined, comments cut."""
+    blocks = re.findall(r"```\w*\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        command for line in lines if (command := re.sub(r"(^|\s)#.*", "", line).strip().removeprefix("$ "))
-    ]
+    found = [re.sub(r"(^|\s)#.*", "", line).strip().removeprefix("$ ") for line in lines]
+    return [line for line in found if line.startswith(("bash ", "python ", "pip "))]
 
 
 def test_readme_commands_exist():

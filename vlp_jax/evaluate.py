@@ -34,25 +34,24 @@ def main(flags: absl_flags.FlagValues) -> None:
     from vlp_jax import systems
     from vlp_jax.data import datasets, pipeline, source, spec
     from vlp_jax.evaluation.oracle import Knowledge
-    from vlp_jax.parallel import mesh as meshes
-    from vlp_jax.parallel import processes
+    from vlp_jax.parallel import mesh, processes
     from vlp_jax.training import checkpoint
 
     params, meta, _ = checkpoint.open_for_inference(places.checkpoint)
     config = full.local_config(meta["config"], flags.data)
     processes.start(config.parallel, config.compilation_cache)
-    mesh, wanted, facts = meshes.make_mesh(config.parallel), config.evaluation, pipeline.facts(config)
+    devices, wanted, facts = mesh.make_mesh(config.parallel), config.evaluation, pipeline.facts(config)
     full.check_vocabulary(meta.get("facts", {}), facts)
     module = systems.get(config.system)
     system = module.build(module.resolve(config, facts))
-    params = full.put(config, system, params, spec.spec(config, wanted.batch_size), mesh)
+    params = full.put(config, system, params, spec.spec(config, wanted.batch_size), devices)
     sources = [opened for _, opened, _ in source.open_sources(config.data.dir, wanted.split)]
     knowledge = Knowledge(sources, [datasets.get(opened.manifest["dataset"]) for opened in sources])
     batches = pipeline.evaluation_batches(
         config, split=wanted.split, batch_size=wanted.batch_size, examples=wanted.examples
     )
     count = wanted.examples or sum(opened.pairs for opened in sources)
-    found = full.score(config, system, params, batches, knowledge, facts, mesh, count)
+    found = full.score(config, system, params, batches, knowledge, facts, devices, count)
     report.write(places.target, places.run, config, meta, facts, found)
     print(f"{report.table(found.scores)}\nreport: {places.target / 'report.html'}")
 

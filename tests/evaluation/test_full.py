@@ -82,7 +82,7 @@ def run(tmp_path_factory) -> Path:
     config = vilt.get_config("variant=tiny,smoke")
     config.data.dir = str(prepared.write(folder / "data", splits={"test": 12}, name="coco"))
     config.model.width, config.model.fusion.mlp_width, config.model.fusion.depth = 32, 64, 1
-    config.evaluation.pictures, config.compilation_cache = 2, ""
+    config.evaluation.examples, config.evaluation.pictures, config.compilation_cache = 0, 2, ""
     facts = pipeline.facts(config)
     config = systems.get("vilt").resolve(config, facts)
     system = systems.get("vilt").build(config)
@@ -131,7 +131,7 @@ def test_evaluate_of_a_checkpoint_with_data_elsewhere(run, capsys):
 
 def test_parameters_lie_where_the_preset_wants():
     config = vilt.get_config("variant=tiny,smoke")
-    config.parallel.rules = "fsdp"
+    config.parallel.rules, config.model.fusion.depth = "fsdp", 1
     config = systems.get("vilt").resolve(config, {"vocab_size": 40})
     system, mesh, inputs = (
         systems.get("vilt").build(config),

@@ -84,7 +84,7 @@ class MaskedLanguage:
         if self._vocabulary is not None and self._knowledge is not None:
             self._ask_oracle(rows, visual)
         if self._vocabulary is not None and len(self.examples) < self._pictures:
-            self._keep(rows, labels, visual if visual.any() else used, batch, seeing, blind)
+            self._keep(rows, labels, visual, batch, seeing, blind)
 
     def result(self, params: Params) -> dict[str, float]:
         """Returns the accuracies; the oracle's over the visual words of which the scene tells."""
@@ -114,13 +114,16 @@ class MaskedLanguage:
                     self._add("accuracy_visual_oracle", guess)
 
     def _keep(
-        self, rows: dict, labels: np.ndarray, wanted: np.ndarray, batch: Batch, seeing: tuple, blind: Any
+        self, rows: dict, labels: np.ndarray, visual: np.ndarray, batch: Batch, seeing: tuple, blind: Any
     ) -> None:
-        """Keeps one masked piece of a row, from as many rows as the report shows."""
-        chosen = np.flatnonzero(wanted.any(axis=1))[: self._pictures - len(self.examples)]
-        pictures = picture_rows(batch, chosen)
-        for row, picture in zip(chosen, pictures, strict=True):
-            slot = int(np.flatnonzero(wanted[row])[0])
+        """Keeps one masked piece of a row, from as many rows as the report shows; visual words come first."""
+        value = (labels >= 0) + visual.astype(int)
+        best = value.argmax(axis=1)
+        worth = value.max(axis=1)
+        chosen = np.argsort(-worth, kind="stable")[: self._pictures - len(self.examples)]
+        chosen = chosen[worth[chosen] > 0]
+        for row, picture in zip(chosen, picture_rows(batch, chosen), strict=True):
+            slot = int(best[row])
             words, word_of = words_of(self._vocabulary, rows["text_ids"][row], rows["text_mask"][row])
             hidden = {int(word_of[p]) for p in rows["mlm_positions"][row][labels[row] >= 0]}
             self.examples.append(

@@ -323,6 +323,8 @@ def _alignment_section(alignments: Sequence[Alignment]) -> str:
         picture, sentence = unpatchify(example.picture), " ".join(example.words)
         figures = []
         for word, visual, mass in zip(example.words, example.visual, example.plan, strict=True):
+            if not any(character.isalnum() for character in word):
+                continue
             shown = _image(veil(picture, heat_map(mass, example.picture)), f"patches of “{word}”", 192)
             kind = ' class="visual"' if visual else ""
             figures.append(f"<figure>{shown}<figcaption{kind}>{escape(word)}</figcaption></figure>")

@@ -126,17 +126,21 @@ class _Work:
             self.checkpointer.check()
             means = self.window.close()
             self.writers.write(step, {**means, **self.meter.read(self.config.train.batch_size)})
-        if self.inputs.evaluate and (last or (train.evaluate_every and step % train.evaluate_every == 0)):
+        if self.inputs.evaluate and (last or self._due(train.evaluate_every, step)):
             with self.meter.paused():
                 self.validation = self.inputs.evaluate(state.params)
             self.writers.write(step, {f"validation/{k}": v for k, v in self.validation.items()})
         stopping = signals.agreed(step % train.log_every == 0)
-        if stopping or last or step % self.config.checkpoint.every == 0:
+        if stopping or last or self._due(self.config.checkpoint.every, step):
             with self.meter.paused():
                 self._save(step, state)
         if stopping and not last:
             self.checkpointer.wait()
             raise Stop(stopping, f"Saved at step {step} of {train.steps}. Start the same command again to go on.")
+
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
 
     def _save(self, step: int, state: TrainState) -> None:
         window = self.window.saved()

@@ -278,12 +278,13 @@ def _clean(text: str) -> str:
     return " ".join(text.splitlines()).strip()
 
 
+@functools.lru_cache(maxsize=64)
 def _folders(source: Path, folder: str) -> list[Path]:
     """Where a picture folder may lie; pictures of 2014 are the same as those of 2017, in other folders."""
     later = ["train2017", "val2017"] if folder in ("train2014", "val2014") else []
     return [place / name for name in (folder, *later) for place in (Path(source), Path(source) / "images")]
 
 
-def _files(source: Path, row: Row) -> list[Path]:
-    short = re.sub(r"^COCO_\w+?2014_", "", row.file)
-    return [path / (row.file if path.name == row.folder else short) for path in _folders(source, row.folder)]
+def _files(source: Path, row: Row) -> Iterator[Path]:
+    for path in _folders(source, row.folder):
+        yield path / (row.file if path.name == row.folder else re.sub(r"^COCO_\w+?2014_", "", row.file))

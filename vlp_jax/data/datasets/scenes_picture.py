@@ -20,8 +20,8 @@ RGB = {
     "yellow": (244, 214, 34),
     "purple": (142, 48, 178),
     "cyan": (52, 204, 220),
-    "black": (34, 34, 36),
-    "white": (244, 244, 240),
+    "black": (30, 30, 32),
+    "brown": (122, 74, 32),
 }
 CANVAS = 256  # side of a shade map; objects are 15 to 30 pixels, so this is eight times oversampled or more
 MIDDLE = CANVAS // 2
@@ -30,7 +30,7 @@ MIDDLE = CANVAS // 2
 def draw(objects: list[dict], size: tuple[int, int], level: int, rng: random.Random) -> bytes:
     """Returns the JPEG bytes of a scene of (height, width) pixels."""
     rules = world.LEVELS[level]
-    pixels = _ground(size, rng)
+    pixels = _ground(size, rules.ground, rng)
     for item in objects:
         x, y, width, height = item["box"]
         alpha, shade, glint = _resized(item["shape"], item["material"], width)
@@ -60,11 +60,14 @@ def area(polygon: list[float]) -> float:
     return round(abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in turns)) / 2, 2)
 
 
-def _ground(size: tuple[int, int], rng: random.Random) -> np.ndarray:
-    """A dull ground of middle lightness with stripes, checks, blots or grain, float32 [height, width, 3]."""
+def _ground(size: tuple[int, int], lightness: tuple[int, int], rng: random.Random) -> np.ndarray:
+    """A dull ground with stripes, checks, blots or grain, float32 [height, width, 3].
+
+    On a light ground every color is the darker one, so that a shape has one sign: what makes level 1 quick to learn.
+    """
     height, width = size
     noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
-    base = np.float32([rng.randint(112, 158) for _ in range(3)])
+    base = np.float32([rng.randint(*lightness) for _ in range(3)])
     base += (base.mean() - base) * np.float32(0.45)  # away from the colors of objects
     rows, columns = np.mgrid[:height, :width]
     period = rng.choice((4, 6, 8, 12))

@@ -19,7 +19,7 @@ COLORS = (
     "purple",
     "cyan",
     "black",
-    "white",
+    "brown",
 )  # none takes "an": "a" tells nothing
 SHAPES = ("cube", "ball", "cone", "star")
 PLURALS = ("cubes", "balls", "cones", "stars")
@@ -39,22 +39,24 @@ class Level:
     objects: tuple[int, ...]  # how many, drawn by lot
     sizes: tuple[str, ...]
     near: float  # how far the colors are drawn together, 0 = as named
+    ground: tuple[int, int]  # lightness of the ground, drawn by lot, of 255
     quality: int  # of the JPEG
 
 
 LEVELS = {
-    1: Level(pictures=((64, 64),), grid=2, objects=(1, 2, 3), sizes=("large",), near=0.0, quality=92),
+    1: Level(pictures=((64, 64),), grid=2, objects=(1, 2, 3), sizes=("large",), near=0.0, ground=(200, 236), quality=92),
     2: Level(
         pictures=((96, 96), (96, 96), (96, 128), (128, 96), (112, 96), (96, 144)),
         grid=3,
         objects=(1, 2, 3, 4),
         sizes=("large", "small"),
         near=0.0,
+        ground=(112, 236),
         quality=90,
     ),
-    3: Level(pictures=((128, 128),), grid=3, objects=(2, 3, 4), sizes=("small",), near=0.4, quality=80),
+    3: Level(pictures=((128, 128),), grid=3, objects=(2, 3, 4), sizes=("small",), near=0.4, ground=(112, 158), quality=80),
 }
-SHARE = {"large": (0.82, 0.92), "small": (0.46, 0.54)}  # of the shorter side of a cell
+SHARE = {"large": (0.88, 0.94), "small": (0.46, 0.54)}  # of the shorter side of a cell
 
 
 def held_out(color: str, shape: str, material: str) -> bool:
