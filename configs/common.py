@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     train.log_every = 10  # steps
     train.evaluate_every = 0  # steps; 0 = only at the end
     train.max_skipped = 10  # non-finite steps in a row before the run gives up
-    train.watchdog = 0  # seconds without a step, compiling and evaluating counted, that mean hung (exit 77); 0 = off
+    train.watchdog = 0  # seconds without a step (compiling counts) that mean hung: exit 77; 0 = off
 
     config.parallel = parallel = ConfigDict()
     parallel.rules = "dp"  # dp, fsdp or fsdp_tp, see vlp_jax/parallel/rules.py
@@ -83,8 +83,10 @@ def get_config() -> ConfigDict:
     evaluation.train_examples = 512  # how many of them
     evaluation.batch_size = 128  # global; pairs
     evaluation.mask_rate = 0.15  # of the word pieces; apart from data.mask_rate, so that runs compare
+    evaluation.max_patches = -1  # patch slots of a picture; -1 = data.max_patches, 0 = none is left out
     evaluation.examples = 0  # 0 = all
     evaluation.gallery = 100  # pictures among which retrieval searches; 0 = all
+    evaluation.captions = 1  # of each of these pictures; 0 = all
     evaluation.pictures = 6  # drawn into the report, a kind
 
     config.compilation_cache = "~/.cache/vlp_jax"  # "" = off

@@ -13,7 +13,8 @@ from configs import common
 
 # width, depth, heads, text length, picture size, patch size, patch slots, steps, batch
 VARIANTS = {
-    "tiny": (128, 4, 4, 28, 64, 16, 16, 1400, 64),  # the laptop: scenes of level 1, 64 x 64 pixels, at most 25 words
+    # The laptop: scenes of level 1, 64 x 64 pixels, at most 28 pieces.
+    "tiny": (128, 4, 4, 28, 64, 16, 16, 1400, 64),
     "small": (384, 8, 6, 40, 192, 16, 0, 50_000, 512),
     "b32": (768, 12, 12, 40, 384, 32, 200, 100_000, 4096),  # ViLT-B/32 as released
 }
@@ -34,12 +35,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.width = width
-    model.dtype = (
-        "bfloat16" if options.variant == "b32" else "float32"
-    )  # of activations; parameters are float32
-    model.unroll = (
-        1 if options.smoke else depth
-    )  # layers a loop iteration: 1 is quick to compile, depth quick to run
+    # Of activations; parameters and moments are float32 always.
+    model.dtype = "bfloat16" if options.variant == "b32" else "float32"
+    model.unroll = 1 if options.smoke else depth  # 1 is quick to compile, depth is quick to run
     model.dropout = 0.1 if options.variant == "b32" else 0.0
     model.text_embed = ConfigDict(dict(vocab_size=-1, length=-1))  # -1: as the data has it
     model.patch_embed = ConfigDict(dict(patch_size=-1, grid=-1))  # grid: rows of learned positions
@@ -56,6 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.batch_size = batch
     if options.variant == "b32":
         config.data.mask_counts_padding = True
+        config.evaluation.max_patches = 0  # 200 are drawn in pretraining only
         config.optimizer.warmup = 2500.0
     else:
         config.optimizer.lr = 1e-3

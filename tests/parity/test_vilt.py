@@ -85,7 +85,10 @@ def parameters(net, config):
                     "attention": attention,
                     "norm1": stacked(norm, "layernorm_before"),
                     "norm2": stacked(norm, "layernorm_after"),
-                    "mlp": {"hidden": stacked(linear, "intermediate.dense"), "out": stacked(linear, "output.dense")},
+                    "mlp": {
+                        "hidden": stacked(linear, "intermediate.dense"),
+                        "out": stacked(linear, "output.dense"),
+                    },
                 }
             },
         },
@@ -107,7 +110,9 @@ def pixels(batch, patch):
     for b, valid in enumerate(batch["patch_mask"]):
         for n in np.flatnonzero(valid):
             r, c = batch["patch_positions"][b, n] * patch
-            image[b, r : r + patch, c : c + patch] = batch["patches"][b, n].reshape(patch, patch, 3) / 127.5 - 1
+            image[b, r : r + patch, c : c + patch] = (
+                batch["patches"][b, n].reshape(patch, patch, 3) / 127.5 - 1
+            )
             mask[b, r : r + patch, c : c + patch] = 1
     return torch.tensor(image.transpose(0, 3, 1, 2)), torch.tensor(mask)
 
@@ -136,7 +141,10 @@ def test_forward_equals_transformers(width, heads, depth, patch):
     params["itm_head"]["dense"]["kernel"][:] = np.random.default_rng(0).normal(size=(width, 2))
     batch["mlm_labels"][:] = -1  # nothing corrupted: logits at the named positions of the plain text
     with jax.default_matmul_precision("highest"):
-        ours = system.predict["fuse"](params, {**system.predict["encode_text"](params, batch), **system.predict["encode_image"](params, batch)})
+        ours = system.predict["fuse"](
+            params,
+            {**system.predict["encode_text"](params, batch), **system.predict["encode_image"](params, batch)},
+        )
         filled = system.predict["fill"](params, batch)["logits"]
     close(ours["pooled"], body.pooler_output)
     text = body.last_hidden_state[:, : batch["text_ids"].shape[1]].numpy()

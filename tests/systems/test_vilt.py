@@ -32,7 +32,11 @@ def test_b32_has_the_parameters_of_the_original():
     config = systems.get("vilt").resolve(vilt_configs.get_config("variant=b32"), {"vocab_size": 30522})
     system = systems.get("vilt").build(config)
     batch = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in b32_batch().items()}
-    params = jax.eval_shape(lambda: system.init(jax.random.key(0), {k: jax.numpy.zeros(v.shape, v.dtype) for k, v in batch.items()}))[0]
+    params = jax.eval_shape(
+        lambda: system.init(
+            jax.random.key(0), {k: jax.numpy.zeros(v.shape, v.dtype) for k, v in batch.items()}
+        )
+    )[0]
     assert count(params) == 135_660_092
     assert count(params["text_embed"]) == 23_474_688
     blocks = count(params["fusion"]["stack"]) + count(params["patch_embed"]["projection"])
@@ -62,7 +66,9 @@ def test_outputs_do_not_depend_on_batch_mates_padding_or_patch_order(made):
     whole = system.predict["match"](params, batch)["match_logits"]
     for row in range(3):
         alone = {k: v[row : row + 1] for k, v in batch.items()}
-        np.testing.assert_allclose(system.predict["match"](params, alone)["match_logits"][0], whole[row], atol=2e-5)
+        np.testing.assert_allclose(
+            system.predict["match"](params, alone)["match_logits"][0], whole[row], atol=2e-5
+        )
     other = dict(batch)
     other["patches"] = np.where(batch["patch_mask"][..., None], batch["patches"], 255 - batch["patches"])
     other["text_ids"] = np.where(batch["text_mask"], batch["text_ids"], 7)
@@ -74,7 +80,10 @@ def test_outputs_do_not_depend_on_batch_mates_padding_or_patch_order(made):
 
 def test_encode_then_fuse_is_match(made):
     _, system, params, batch = made
-    features = {**system.predict["encode_text"](params, batch), **system.predict["encode_image"](params, batch)}
+    features = {
+        **system.predict["encode_text"](params, batch),
+        **system.predict["encode_image"](params, batch),
+    }
     fused = system.predict["fuse"](params, features)["match_logits"]
     np.testing.assert_allclose(fused, system.predict["match"](params, batch)["match_logits"], atol=1e-6)
     plan = system.predict["match"](params, batch, plan=True)["plan"]
@@ -92,7 +101,9 @@ def test_mlm_reads_the_corrupted_text_and_itm_the_exchanged_one(made):
         out = jax.jit(system.loss)(params, {}, prepared, jax.random.key(4))
     logits = system.predict["fill"](params, batch)["logits"]
     labels = batch["mlm_labels"]
-    log_chance = jax.nn.log_softmax(logits)[np.arange(6)[:, None], np.arange(labels.shape[1]), np.maximum(labels, 0)]
+    log_chance = jax.nn.log_softmax(logits)[
+        np.arange(6)[:, None], np.arange(labels.shape[1]), np.maximum(labels, 0)
+    ]
     np.testing.assert_allclose(out.terms["mlm"].sum, -log_chance[labels >= 0].sum(), rtol=1e-5)
     assert out.terms["mlm"].count == (labels >= 0).sum()
     partner = np.asarray(prepared["pair_example_id"])
@@ -107,7 +118,9 @@ def test_padding_word_has_no_gradient(made):
     config, system, params, batch = made
     with shard.context(meshes.make_mesh(config.parallel, jax.devices()[:1]), "dp"):
         prepared = jax.jit(system.prepare)(batch, jax.random.key(3))
-        grads = jax.jit(jax.grad(lambda p: system.loss(p, {}, prepared, jax.random.key(4)).terms["itm"].sum))(params)
+        grads = jax.jit(jax.grad(lambda p: system.loss(p, {}, prepared, jax.random.key(4)).terms["itm"].sum))(
+            params
+        )
     assert not grads["text_embed"]["word"][0].any() and grads["text_embed"]["word"][2].any()
 
 
@@ -115,10 +128,22 @@ def test_padding_word_has_no_gradient(made):
     "changes, facts, words",
     [
         ({}, {}, "config.model.text_embed.vocab_size is -1"),
-        (dict(model__text_embed__vocab_size=50), dict(vocab_size=60), "is 50, but the data has vocab_size 60"),
+        (
+            dict(model__text_embed__vocab_size=50),
+            dict(vocab_size=60),
+            "is 50, but the data has vocab_size 60",
+        ),
         (dict(data__image_size=100), dict(vocab_size=60), "Take 96 or 112"),
-        (dict(model__fusion__num_heads=3), dict(vocab_size=60), "not divisible by config.model.fusion.num_heads 3"),
-        (dict(model__text_embed__length=20), dict(vocab_size=60), "length is 20, but the data has text_length 32"),
+        (
+            dict(model__fusion__num_heads=3),
+            dict(vocab_size=60),
+            "not divisible by config.model.fusion.num_heads 3",
+        ),
+        (
+            dict(model__text_embed__length=20),
+            dict(vocab_size=60),
+            "length is 20, but the data has text_length 32",
+        ),
         (dict(model__patch_embed__patch_size=8), dict(vocab_size=60), "is 8, but the data has patch_size 16"),
     ],
 )

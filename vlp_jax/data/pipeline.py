@@ -74,11 +74,12 @@ def evaluation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields one pass over a split's pairs in a fixed shuffled order; the last batch is filled up.
 
-    Words are masked at `config.evaluation.mask_rate`, whatever the rate of training, so that runs compare. A padding row repeats a real one, with -1 for its ids and labels. Masks and dropped patches depend on the pair
+    Words are masked at `config.evaluation.mask_rate` and pictures keep `config.evaluation.max_patches`, whatever
+    training does. A padding row repeats a real one, with -1 for its ids and labels. Masks and dropped patches depend on the pair
     and the picture only, so they are the same in every evaluation.
 
     Args:
-        config: reads data and evaluation.mask_rate.
+        config: reads data, evaluation.mask_rate and evaluation.max_patches.
         split: of the data.
         batch_size: global.
         examples: how many pairs, evenly spread; 0 = all.
@@ -89,6 +90,8 @@ def evaluation_batches(
     """
     config = config.copy_and_resolve_references()
     config.data.mask_rate = config.evaluation.mask_rate
+    if config.evaluation.max_patches >= 0:
+        config.data.max_patches = config.evaluation.max_patches
     maker = _Maker(config, split)
     share = _share(batch_size, "evaluation.batch_size", hosts)
     pairs = order.spread(sum(source.pairs for _, source, _ in maker.sources), examples)

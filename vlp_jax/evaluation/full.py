@@ -142,7 +142,8 @@ def score(
         tasks["pairs"] = Matching(system, visual_ids=facts["visual_ids"], **shared)
     if {"encode_text", "encode_image", "fuse"} <= set(system.predict):
         size = PAIRS_A_ROW * wanted.batch_size
-        tasks["gallery"] = Retrieval(system, mesh, knowledge, gallery=wanted.gallery, batch_size=size)
+        search = dict(gallery=wanted.gallery, captions=wanted.captions, batch_size=size)
+        tasks["gallery"] = Retrieval(system, mesh, knowledge, **search)
     with shard.context(mesh, config.parallel.rules):
         scores = runner.evaluate(system, params, batches, list(tasks.values()), mesh, examples)
     words, pairs, gallery = (tasks.get(name) for name in ("words", "pairs", "gallery"))

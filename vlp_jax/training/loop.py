@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 class Inputs:
     """What the main hands to the loop beside config and system."""
 
-    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]  # from a step on: this host's rows of each batch
+    batches: Callable[
+        [int], Iterator[Mapping[str, np.ndarray]]
+    ]  # from a step on: this host's rows of each batch
     spec: Batch  # key -> shape and type of the global batch
     evaluate: Callable[[Params], dict[str, float]] | None  # "itm/accuracy" -> value, on the validation split
     assets: Mapping[str, bytes]  # files that a checkpoint needs to be used without the data
@@ -51,7 +53,9 @@ def run(config: ConfigDict, system: System, inputs: Inputs, workdir: Path, mesh:
         UserError: the batch does not divide over the mesh, or the checkpoint does not fit.
         Stop: 75 after SIGTERM and 130 after Ctrl-C, both after saving; 1 for too many non-finite steps.
     """
-    meshes.check_batch_size("config.train.batch_size", config.train.batch_size, mesh, config.train.accumulation)
+    meshes.check_batch_size(
+        "config.train.batch_size", config.train.batch_size, mesh, config.train.accumulation
+    )
     keeping = {name: config.checkpoint[name] for name in ("every", "keep", "best", "asynchronous")}
     checkpointer = Checkpointer(workdir / "checkpoints", **keeping)
     with contextlib.closing(checkpointer), shard.context(mesh, config.parallel.rules), Signals() as signals:
@@ -136,7 +140,9 @@ class _Work:
                 self._save(step, state)
         if stopping and not last:
             self.checkpointer.wait()
-            raise Stop(stopping, f"Saved at step {step} of {train.steps}. Start the same command again to go on.")
+            raise Stop(
+                stopping, f"Saved at step {step} of {train.steps}. Start the same command again to go on."
+            )
 
     @staticmethod
     def _due(every: int, step: int) -> bool:

@@ -48,6 +48,9 @@ def open_workdir(path: str | Path, config: ConfigDict, manifest_sha256: str) -> 
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--workdir {folder} is, or lies below, a file. Give a folder.") from error
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"--workdir {folder} cannot be made: {reason}. Give a folder that can be.") from error
     with _locked(folder):
         _claim(folder, {**json.loads(config.to_json()), MANIFEST: manifest_sha256})
         yield folder

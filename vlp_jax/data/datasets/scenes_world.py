@@ -44,7 +44,15 @@ class Level:
 
 
 LEVELS = {
-    1: Level(pictures=((64, 64),), grid=2, objects=(1, 2, 3), sizes=("large",), near=0.0, ground=(200, 236), quality=92),
+    1: Level(
+        pictures=((64, 64),),
+        grid=2,
+        objects=(1, 2, 3),
+        sizes=("large",),
+        near=0.0,
+        ground=(200, 236),
+        quality=92,
+    ),
     2: Level(
         pictures=((96, 96), (96, 96), (96, 128), (128, 96), (112, 96), (96, 144)),
         grid=3,
@@ -54,7 +62,15 @@ LEVELS = {
         ground=(112, 236),
         quality=90,
     ),
-    3: Level(pictures=((128, 128),), grid=3, objects=(2, 3, 4), sizes=("small",), near=0.4, ground=(112, 158), quality=80),
+    3: Level(
+        pictures=((128, 128),),
+        grid=3,
+        objects=(2, 3, 4),
+        sizes=("small",),
+        near=0.4,
+        ground=(112, 158),
+        quality=80,
+    ),
 }
 SHARE = {"large": (0.88, 0.94), "small": (0.46, 0.54)}  # of the shorter side of a cell
 
