@@ -38,7 +38,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     from vlp_jax.training import checkpoint
 
     params, meta, _ = checkpoint.open_for_inference(places.checkpoint)
-    config = full.local_config(meta["config"], flags.data)
+    config = full.local_config(meta["config"], flags.data, cli.load_config("common"))
     processes.start(config.parallel, config.compilation_cache)
     devices, wanted, facts = mesh.make_mesh(config.parallel), config.evaluation, pipeline.facts(config)
     full.check_vocabulary(meta.get("facts", {}), facts)

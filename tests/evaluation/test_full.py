@@ -60,7 +60,8 @@ def test_no_place_for_results(tmp_path):
 def test_config_of_a_pod_runs_here():
     config = vilt.get_config("variant=tiny")
     config.parallel.mesh, config.parallel.processes, config.evaluation.batch_size = (16, 16, 1), 64, 100
-    here = full.local_config(config.to_dict(), "DIR")
+    here = full.local_config(config.to_dict(), "DIR", {"evaluation": {"younger": 3}, "train": {"steps": -5}})
+    assert here.evaluation.younger == 3 and here.train.steps == config.train.steps
     assert here.data.dir == "DIR" and here.parallel.processes == 1
     mesh = meshes.make_mesh(here.parallel)
     meshes.check_batch_size("evaluation.batch_size", here.evaluation.batch_size, mesh)

@@ -71,12 +71,13 @@ def find(workdir: str, checkpoint: str, target: str) -> Places:
     return Places(path, run, results)
 
 
-def local_config(config: Mapping[str, Any], data: str) -> ConfigDict:
+def local_config(config: Mapping[str, Any], data: str, defaults: Mapping[str, Any]) -> ConfigDict:
     """Returns the config of a run, perhaps of a pod, for one process with this machine's devices.
 
-    The mesh is the preset's, the evaluation batch is rounded up to divide over it; `data` may be "".
+    The mesh is the preset's, the evaluation batch is rounded up to divide over it; `data` may be "". A key that is
+    younger than the checkpoint takes its value from `defaults`.
     """
-    config = ConfigDict(config)
+    config = ConfigDict(_completed(config, defaults))
     config.data.dir = data or config.data.dir
     parallel = config.parallel
     parallel.coordinator, parallel.processes, parallel.process, parallel.mesh = "", 1, 0, ()
@@ -85,6 +86,12 @@ def local_config(config: Mapping[str, Any], data: str) -> ConfigDict:
         parallel.rules = "dp"  # fsdp_tp needs an even number
     config.evaluation.batch_size = math.ceil(config.evaluation.batch_size / devices) * devices
     return config
+
+
+def _completed(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    whole = {**defaults, **given}
+    below = {key: value for key, value in whole.items() if isinstance(value, Mapping)}
+    return whole | {key: _completed(value, defaults.get(key, {})) for key, value in below.items()}
 
 
 def check_vocabulary(trained: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

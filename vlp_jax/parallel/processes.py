@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from vlp_jax.types import UserError
 
 log = logging.getLogger(__name__)
+cache_events: collections.Counter = collections.Counter()  # "hit" and "miss" since the start
 _EVENTS = {"/jax/compilation_cache/cache_hits": "hit", "/jax/compilation_cache/cache_misses": "miss"}
 
 
@@ -41,7 +43,7 @@ def start(parallel: ConfigDict, compilation_cache: str) -> dict[str, int]:
 
 
 def _use_cache(folder: Path) -> None:
-    """Keeps compiled programs in `folder` and logs whether one was found there; without the folder, does without."""
+    """Keeps compiled programs in `folder` and counts whether one was found there; without the folder, does without."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -50,9 +52,15 @@ def _use_cache(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Small programs compile faster than they are read back.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    jax.monitoring.register_event_listener(_report)
+    jax.monitoring.register_event_listener(_count)
 
 
-def _report(event: str, **_: object) -> None:
+def cache_result(before: collections.Counter) -> str:
+    """What the compilation cache has answered since `before`, a copy of `cache_events`: hit, miss or off."""
+    new = cache_events - before
+    return "hit" if new["hit"] and not new["miss"] else "miss" if new["miss"] else "off"
+
+
+def _count(event: str, **_: object) -> None:
     if event in _EVENTS:
-        log.info("compilation cache: %s", _EVENTS[event])
+        cache_events[_EVENTS[event]] += 1

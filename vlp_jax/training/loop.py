@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vlp_jax.parallel import mesh as meshes
-from vlp_jax.parallel import shard
+from vlp_jax.parallel import processes, shard
 from vlp_jax.systems.base import System
 from vlp_jax.training import optimizer as optimizers
 from vlp_jax.training.checkpoint import Checkpointer, restore_params
@@ -78,11 +79,22 @@ def run(config: ConfigDict, system: System, inputs: Inputs, workdir: Path, mesh:
                 waited = time.perf_counter()
                 batch = place(next(batches))
                 work.meter.waited(time.perf_counter() - waited)
+                if number == start + 1:
+                    step = _compiled(step, state, batch)
                 state, metrics = step(state, batch)
                 work.window.add(metrics)
                 watchdog.feed()
                 work.after(number, state, signals)
     return state
+
+
+def _compiled(step: Any, state: TrainState, batch: Batch) -> Any:
+    """Compiles the step for the shapes that it will have and logs how long that took."""
+    events, begun = processes.cache_events.copy(), time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    seconds, cache = time.perf_counter() - begun, processes.cache_result(events)
+    log.info("train step compiled in %.1f s, compilation cache: %s", seconds, cache)
+    return compiled
 
 
 def _abstract(state: TrainState) -> TrainState:
