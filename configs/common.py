@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     train.log_every = 10  # steps
     train.evaluate_every = 0  # steps; 0 = only at the end
     train.max_skipped = 10  # non-finite steps in a row before the run gives up
-    train.watchdog = 0  # seconds without a step (compiling counts) that mean hung: exit 77; 0 = off
+    train.watchdog = 0  # seconds from step to step, compiling, evaluation and saving included, that mean hung: exit 77; 0 = off
 
     config.parallel = parallel = ConfigDict()
     parallel.rules = "dp"  # dp, fsdp or fsdp_tp, see vlp_jax/parallel/rules.py

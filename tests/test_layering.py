@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vlp_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-NOT_MAINS = {"__init__", "types", "cli"}
+NOT_MAINS = {"__init__", "types", "files", "cli"}
 
 # Package -> what it may import of vlp_jax. "systems.base" is one module, "layers" all below it. Mains: all.
 MAY_IMPORT = {
     "types": (),
+    "files": ("types",),
     "cli": ("types",),
     "layers": ("layers", "types"),
     "models": ("models", "layers", "types"),
@@ -25,9 +26,9 @@ MAY_IMPORT = {
     "systems": ("systems.base", "models", "objectives", "layers", "types"),
     "systems.base": ("types",),
     "parallel": ("parallel", "systems.base", "types"),
-    "data": ("data", "types"),
-    "training": ("training", "systems.base", "parallel", "types"),
-    "evaluation": ("evaluation", "systems.base", "parallel", "types", "data.text", "data.image"),
+    "data": ("data", "files", "types"),
+    "training": ("training", "systems.base", "parallel", "files", "types"),
+    "evaluation": ("evaluation", "systems.base", "parallel", "files", "types", "data.text", "data.image"),
     "planning": ("planning", "systems.base", "parallel", "types"),
     "convert": ("convert", "systems", "parallel", "types"),
 }

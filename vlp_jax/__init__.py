@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision-language pretraining in JAX and Flax: ViLT, E2E-VLP, ALBEF and the systems around them."""
+"""Vision-language pretraining in JAX and Flax: one loop for every system, from raw files to a report."""

@@ -19,8 +19,6 @@ from pathlib import Path
 
 # Before jax and tensorflow load their C++ parts, which read these once. What the user has set stands.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# With it TensorFlow writes lines to standard error whatever the level; nothing here would be faster.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 # tensorflow only reads data here; oneDNN would announce itself whatever the log level, and change the bits by CPU.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

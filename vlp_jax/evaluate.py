@@ -42,9 +42,9 @@ def main(flags: absl_flags.FlagValues) -> None:
     processes.start(config.parallel, config.compilation_cache)
     devices, wanted, facts = mesh.make_mesh(config.parallel), config.evaluation, pipeline.facts(config)
     full.check_vocabulary(meta.get("facts", {}), facts)
-    module = systems.get(config.system)
-    system = module.build(module.resolve(config, facts))
-    params = full.put(config, system, params, spec.spec(config, wanted.batch_size), devices)
+    system = systems.build(config, facts)
+    expected = spec.spec(pipeline.evaluation_config(config), wanted.batch_size)
+    params = full.put(config, system, params, expected, devices)
     sources = [opened for _, opened, _ in source.open_sources(config.data.dir, wanted.split)]
     knowledge = Knowledge(sources, [datasets.get(opened.manifest["dataset"]) for opened in sources])
     batches = pipeline.evaluation_batches(

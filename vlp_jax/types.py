@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The words that all packages share: arrays, batches, terms of a loss, and the user's errors.
 
-Axis vocabulary of the jaxtyping annotations: batch, text, patch, token, query, width, head, vocab, class, mask.
+Axis vocabulary of the jaxtyping annotations: batch, text (word pieces), patch, image (class token and patches), token,
+query, key, head, width, class, mask (slots of masked pieces).
 """
 
 from __future__ import annotations

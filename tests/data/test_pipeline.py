@@ -66,7 +66,7 @@ def test_rows_hold_what_the_files_hold(config, directory):
             for key, value in expected.items():
                 np.testing.assert_array_equal(batch[key][row], value[0], err_msg=key)
             labels, places = batch["mlm_labels"][row], batch["mlm_positions"][row]
-            assert (labels >= 0).sum() == max(1, round(0.15 * batch["text_mask"][row].sum()))
+            assert (labels >= 0).sum() == max(1, round(config.data.mask_rate * batch["text_mask"][row].sum()))
             np.testing.assert_array_equal(batch["text_ids"][row][places[labels >= 0]], labels[labels >= 0])
 
 
@@ -172,7 +172,7 @@ def test_evaluation_is_one_pass(config, hosts):
     for key in ("image_id", "source_id", "mlm_labels"):
         assert (last[key][padding] == -1).all() and (last[key][~padding] >= 0).any()
     assert last["text_mask"][padding].any(1).all() and last["patch_mask"][padding].any(1).all()
-    spec.check(last, spec.spec(config, 16))
+    spec.check(last, spec.spec(pipeline.evaluation_config(config), 16))
 
 
 def test_evaluation_is_the_same_every_time(config):

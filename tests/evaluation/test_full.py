@@ -92,10 +92,10 @@ def run(tmp_path_factory) -> Path:
     with shard.context(mesh, rules):
         make = initial_state(config, system, optimizer, spec.spec(config, 8))
         state = shard.concrete(make, shard.abstract(make, mesh, rules))
-    checkpointer = Checkpointer(folder / "checkpoints", every=1, keep=1, asynchronous=False)
+    checkpointer = Checkpointer(folder / "checkpoints", keep=1, asynchronous=False)
     vocabulary = Path(facts["vocabulary_path"])
     assets = {vocabulary.name: vocabulary.read_bytes()}
-    checkpointer.save(2, state, {"config": config.to_dict(), "facts": facts}, assets, {}, force=True)
+    checkpointer.save(2, state, {"config": config.to_dict(), "facts": facts}, assets, {})
     checkpointer.close()
     (folder / "metrics.jsonl").write_text(
         '{"step": 1, "train/loss": 6.25}\n{"step": 2, "train/loss": 6.125}\n'

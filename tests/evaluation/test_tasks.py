@@ -17,7 +17,7 @@ from tests import examples
 from vlp_jax import systems
 from vlp_jax.data.text import Vocabulary
 from vlp_jax.evaluation import retrieval
-from vlp_jax.evaluation.masked_language import MaskedLanguage, words_of
+from vlp_jax.evaluation.masked_language import MaskedLanguage
 from vlp_jax.evaluation.matching import Matching
 from vlp_jax.evaluation.oracle import Knowledge
 from vlp_jax.evaluation.retrieval import Gallery, Retrieval
@@ -308,11 +308,11 @@ def test_a_constant_model_retrieves_by_chance(vocabulary, mesh):
     assert scores["text_retrieval/r5"] == pytest.approx(5 / 9)
 
 
-def test_words_of_joins_pieces(tmp_path):
+def test_words_join_pieces(tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(PIECES[:6] + ["cub", "##es", ","]))
     vocabulary = Vocabulary.load(path)
     encoded = vocabulary.encode(["a cubes, a"], 8)
-    words, word_of = words_of(vocabulary, encoded["text_ids"][0], encoded["text_mask"][0])
+    words, word_of = vocabulary.words(encoded["text_ids"][0])
     assert words == ["a", "cubes", ",", "a"]
     assert word_of.tolist() == [-1, 0, 1, 1, 2, 3, -1, -1]

@@ -35,5 +35,5 @@ def test_masked_patches_have_the_rates_of_the_original():
 def test_colour_bins_are_floored_means_of_each_channel():
     patches = np.zeros((1, 2, 12), np.uint8)
     patches[0, 0] = np.array([[255, 10, 0], [255, 11, 0], [255, 11, 1], [254, 11, 2]]).reshape(-1)
-    bins = masking.patch_colour_bins(patches, np.array([[True, False]]))
+    bins = masking.patch_color_bins(patches, np.array([[True, False]]))
     np.testing.assert_array_equal(bins[0], [[254, 10, 0], [-1, -1, -1]])

@@ -142,7 +142,7 @@ def test_padding_word_has_no_gradient(made):
         (
             dict(model__text_embed__length=20),
             dict(vocab_size=60),
-            "length is 20, but the data has text_length 32",
+            "length is 20, but the data has text_length 28",
         ),
         (dict(model__patch_embed__patch_size=8), dict(vocab_size=60), "is 8, but the data has patch_size 16"),
     ],

@@ -59,7 +59,7 @@ def assert_equal(one, other):
 
 def saved(directory, steps=(1,), metrics=None, **options):
     """Saves states whose seed is the step."""
-    options = {"every": 1, "keep": 9, **options}
+    options = {"keep": 9, **options}
     keeper = checkpoint.Checkpointer(directory, **options)
     for step in steps:
         assert keeper.save(step, make_state(step), META, ASSETS, (metrics or {}).get(step, {}))
@@ -78,7 +78,7 @@ def copied(two_steps, tmp_path):
 
 
 def keeper_of(directory, **options):
-    return checkpoint.Checkpointer(directory, **{"every": 1, "keep": 9, **options})
+    return checkpoint.Checkpointer(directory, **{"keep": 9, **options})
 
 
 @pytest.mark.parametrize("devices", [8, 2, 1])
@@ -110,16 +110,13 @@ def test_a_process_with_one_device_restores_what_eight_wrote(two_steps, tmp_path
     np.testing.assert_array_equal(np.load(target), make_state(2).params["body"]["kernel"])
 
 
-def test_only_due_steps_are_saved_and_a_complete_one_is_left_alone(tmp_path):
-    keeper = keeper_of(tmp_path, every=10)
-    assert not keeper.save(5, make_state(5), META, {}, {})
-    assert keeper.save(7, make_state(7), META, {}, {}, force=True)
+def test_a_complete_step_is_left_alone(tmp_path):
+    keeper = keeper_of(tmp_path)
     assert keeper.save(10, make_state(10), META, {}, {})
-    assert not keeper.save(10, make_state(11), META, {}, {}, force=True)
+    assert not keeper.save(10, make_state(11), META, {}, {})
     keeper.close()
     assert keeper_of(tmp_path).latest() == 10
     assert_equal(keeper_of(tmp_path).restore(abstract(make_state()))[0], make_state(10))
-    assert not keeper_of(tmp_path, every=0).save(20, make_state(), META, {}, {})
 
 
 def test_what_is_saved_is_not_what_later_steps_make_of_it(tmp_path):
@@ -245,7 +242,7 @@ def state(rows):
     return TrainState(jnp.int32(0), {"w": values}, {}, {}, {}, jax.random.key(0))
 
 def main(flags, kind, directory):
-    keeper = checkpoint.Checkpointer(directory, every=1, keep=1, asynchronous=kind != "permission")
+    keeper = checkpoint.Checkpointer(directory, keep=1, asynchronous=kind != "permission")
     keeper.save(1, state(10), {}, {}, {})
     keeper.wait()
     if kind == "full":

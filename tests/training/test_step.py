@@ -13,7 +13,7 @@ from vlp_jax import systems
 from vlp_jax.parallel import mesh as meshes
 from vlp_jax.parallel import shard
 from vlp_jax.training import optimizer as optimizers
-from vlp_jax.training.state import initial_state
+from vlp_jax.training.state import initial_state, moving_average
 from vlp_jax.training.step import make_train_step
 
 ROWS = 16
@@ -113,3 +113,10 @@ def test_moving_average_follows_the_named_parameters():
     again.take(random_batch(run.config, ROWS))
     middle = np.asarray(again.state.params["itm_head"]["dense"]["kernel"])
     np.testing.assert_allclose(first, 0.75 * (0.75 * old + 0.25 * middle) + 0.25 * new, rtol=1e-5, atol=1e-8)
+
+
+def test_averages_may_begin_with_other_parameters():
+    drawn, given = {"a": {"b": jnp.zeros(2), "c": jnp.zeros(1)}}, {"a": {"b": jnp.ones(2), "c": jnp.ones(1)}}
+    begun = moving_average({"a": {"b": drawn["a"]["b"]}}, given, decay=0.0)
+    assert list(begun["a"]) == ["b"] and begun["a"]["b"] is not given["a"]["b"]
+    np.testing.assert_array_equal(begun["a"]["b"], 1.0)

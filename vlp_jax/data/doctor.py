@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlp_jax import files
 from vlp_jax.data import image, order
 from vlp_jax.data.source import AGAIN, Source, read_manifest
 from vlp_jax.data.text import Vocabulary
@@ -62,18 +62,17 @@ def examine(
 
 
 def _digests(directory: Path, manifest: dict) -> list[str]:
-    files = [shard for split in manifest["splits"].values() for shard in [*split["shards"], split["index"]]]
+    shards = [shard for split in manifest["splits"].values() for shard in [*split["shards"], split["index"]]]
     problems = []
-    for entry in [*files, manifest["vocabulary"]]:
+    for entry in [*shards, manifest["vocabulary"]]:
         path = directory / entry["file"]
         if not path.is_file():
             problems.append(f"{path} is missing. {AGAIN}")
             continue
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                problems.append(
-                    f"{path} is not what was written: its sha256 differs from the manifest's. {AGAIN}"
-                )
+        if files.digest(path) != entry["sha256"]:
+            problems.append(
+                f"{path} is not what was written: its sha256 differs from the manifest's. {AGAIN}"
+            )
     return problems
 
 

@@ -19,6 +19,7 @@ from vlp_jax.data import corrupt, image, order
 from vlp_jax.data import spec as specification
 from vlp_jax.data.source import Source, open_sources, parse_spec, read_manifest
 from vlp_jax.data.text import Vocabulary
+from vlp_jax.files import digest
 from vlp_jax.types import UserError, closest
 
 INDEXES = ("pairs", "pictures")
@@ -88,10 +89,7 @@ def evaluation_batches(
     Raises:
         UserError: as `batches`.
     """
-    config = config.copy_and_resolve_references()
-    config.data.mask_rate = config.evaluation.mask_rate
-    if config.evaluation.max_patches >= 0:
-        config.data.max_patches = config.evaluation.max_patches
+    config = evaluation_config(config)
     maker = _Maker(config, split)
     share = _share(batch_size, "evaluation.batch_size", hosts)
     pairs = order.spread(sum(source.pairs for _, source, _ in maker.sources), examples)
@@ -100,6 +98,15 @@ def evaluation_batches(
         return maker.evaluation_rows(pairs, step * batch_size + host * share + np.arange(share))
 
     return maker.stream(rows, 0, -(-len(pairs) // batch_size), share, 0)
+
+
+def evaluation_config(config: Any) -> Any:
+    """Returns a copy with the mask rate and the patch slots of evaluation: what `spec` needs for its batches."""
+    config = config.copy_and_resolve_references()
+    config.data.mask_rate = config.evaluation.mask_rate
+    if config.evaluation.max_patches >= 0:
+        config.data.max_patches = config.evaluation.max_patches
+    return config
 
 
 def facts(config: Any) -> dict[str, Any]:
@@ -158,7 +165,7 @@ def load_vocabulary(path: Path, sha256: str) -> Vocabulary:
         UserError: it is unreadable, or not the file that the manifest states.
     """
     vocabulary = Vocabulary.load(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if digest(path) != sha256:
         raise UserError(
             f"The vocabulary {path} is not the one that the manifest beside it states: its sha256 differs. Token "
             "ids would change their meaning. Put the right file back or prepare the data again."

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vlp_jax.data.datasets import Dropped, get
-from vlp_jax.types import UserError
+from vlp_jax.files import digest, save
 
 # What the user can mend: no space, no permission, a wrong place.
 PLACE_ERRORS = {
@@ -93,28 +92,3 @@ def _check_shard(path: Path, records: int) -> None:
     reader.close()
     if found != records:
         raise OSError(errno.EIO, f"{found} records of {records} were written", str(path))
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file, in hex.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
-        ) from error
-
-
-def save(path: Path, content: bytes) -> None:
-    """Writes a small file that is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

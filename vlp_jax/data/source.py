@@ -63,7 +63,7 @@ class Source:
 
     Attributes:
         directory, split: what was opened.
-        manifest: the parsed manifest, and `digest`, the sha256 of its bytes.
+        manifest: the parsed manifest.
         pairs: number of (picture, caption) pairs.
         captions, heights, widths: int64 [records], captions and pixels of each picture.
         vocabulary_path: the vocabulary file beside the shards.
@@ -77,7 +77,7 @@ class Source:
         """
         self.directory = Path(directory).expanduser()
         self.split = split
-        self.manifest, self.digest = read_manifest(self.directory)
+        self.manifest, _ = read_manifest(self.directory)
         splits = self.manifest["splits"]
         if split not in splits or not splits[split]["records"]:
             wrong = "is empty." if split in splits else f"does not exist.{closest(split, splits)}"

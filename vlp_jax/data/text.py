@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlp_jax.files import save
 from vlp_jax.types import UserError
 
 # Role -> accepted piece names; the second is how models trained elsewhere spell it.
@@ -114,14 +115,23 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns readable text; padding, [CLS] and [SEP] are left out."""
+        return " ".join(word for word in self.words(ids)[0] if word)
+
+    def words(self, ids: Iterable[int]) -> tuple[list[str], np.ndarray]:
+        """Returns the words of one text and, for each of its ids, the number of its word, int64 [n].
+
+        Padding, [CLS] and [SEP] belong to no word: -1.
+        """
         words: list[str] = []
+        word_of = []
         for piece in (int(i) for i in ids):
-            if piece in (self.pad, self.cls, self.sep):
-                continue
-            if self.word_start[piece] or not words:
-                words.append("")
-            words[-1] += self.word(piece)
-        return " ".join(word for word in words if word)
+            framing = piece in (self.pad, self.cls, self.sep)
+            if not framing:
+                if self.word_start[piece] or not words:
+                    words.append("")
+                words[-1] += self.word(piece)
+            word_of.append(-1 if framing else len(words) - 1)
+        return words, np.array(word_of, np.int64)
 
     def word(self, piece: int) -> str:
         """Returns a piece without the mark that says how it is joined."""
@@ -284,12 +294,4 @@ def train(texts: Iterable[str], path: str | os.PathLike, size: int) -> None:
             f"No vocabulary of {size} pieces can be made of {count} texts ({error}). Possible "
             "are sizes from the number of different characters + 5. Give texts, or a larger size."
         ) from error
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(written.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save(path, written.getvalue())

@@ -24,10 +24,11 @@ from types import ModuleType
 
 import numpy as np
 
-from vlp_jax.data.shards import PLACE_ERRORS, digest, save, write_shard
+from vlp_jax.data.shards import PLACE_ERRORS, write_shard
+from vlp_jax.data.source import MANIFEST
+from vlp_jax.files import digest, save
 from vlp_jax.types import UserError
 
-MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
 RAW = "raw"
 SHARD_RECORDS = 4096  # about 0.7 GB of photographs of COCO's size

@@ -29,7 +29,7 @@ class Guess:
     answer: str
     guesses: list[tuple[str, float]]
     blind: list[tuple[str, float]]
-    patches: dict[str, np.ndarray]  # one row of the batch: patches, patch_positions, patch_mask, grid_size
+    picture: dict[str, np.ndarray]  # one row of the batch: patches, patch_positions, patch_mask, grid_size
 
 
 class MaskedLanguage:
@@ -67,8 +67,7 @@ class MaskedLanguage:
 
     def update(self, params: Params, batch: Batch, index: int) -> None:
         """Adds a batch; padding rows and unused positions count nothing."""
-        names = ("example_id", "source_id", "image_id", "text_ids", "text_mask")
-        names += ("mlm_positions", "mlm_labels")
+        names = ("example_id", "source_id", "image_id", "text_ids", "mlm_positions", "mlm_labels")
         rows = fetch({name: batch[name] for name in names})
         labels = np.where(rows["example_id"][:, None] >= 0, rows["mlm_labels"], -1)
         used, visual = labels >= 0, np.isin(labels, self._visual)
@@ -104,7 +103,7 @@ class MaskedLanguage:
         live = rows["example_id"] >= 0
         self._knowledge.load(rows["source_id"][live], rows["image_id"][live])
         for row in np.flatnonzero(visual.any(axis=1)):
-            words, word_of = words_of(self._vocabulary, rows["text_ids"][row], rows["text_mask"][row])
+            words, word_of = self._vocabulary.words(rows["text_ids"][row])
             for slot in np.flatnonzero(visual[row]):
                 position = int(word_of[rows["mlm_positions"][row, slot]])
                 source, image = int(rows["source_id"][row]), int(rows["image_id"][row])
@@ -124,7 +123,7 @@ class MaskedLanguage:
         chosen = chosen[worth[chosen] > 0]
         for row, picture in zip(chosen, picture_rows(batch, chosen), strict=True):
             slot = int(best[row])
-            words, word_of = words_of(self._vocabulary, rows["text_ids"][row], rows["text_mask"][row])
+            words, word_of = self._vocabulary.words(rows["text_ids"][row])
             hidden = {int(word_of[p]) for p in rows["mlm_positions"][row][labels[row] >= 0]}
             self.examples.append(
                 Guess(
@@ -147,17 +146,3 @@ class MaskedLanguage:
 def _best(logits: Array) -> tuple[Array, Array]:
     """The probabilities and ids of the best guesses, [batch, mask, TOP]."""
     return jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), min(TOP, logits.shape[-1]))
-
-
-def words_of(vocabulary: Vocabulary, ids: np.ndarray, mask: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Returns the words of one encoded caption and, for each of its positions, the word there (-1: none)."""
-    words: list[str] = []
-    word_of = np.full(len(ids), -1, np.int64)
-    for place, piece in enumerate(int(i) for i in ids):
-        if not mask[place] or piece in (vocabulary.pad, vocabulary.cls, vocabulary.sep):
-            continue
-        if vocabulary.word_start[piece] or not words:
-            words.append("")
-        words[-1] += vocabulary.word(piece)
-        word_of[place] = len(words) - 1
-    return words, word_of

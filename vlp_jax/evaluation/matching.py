@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlp_jax.data.text import Vocabulary
-from vlp_jax.evaluation.masked_language import words_of
 from vlp_jax.evaluation.oracle import Knowledge
 from vlp_jax.evaluation.runner import fetch, picture_rows, ratio, withhold
 from vlp_jax.types import Array, Batch, Params
@@ -87,7 +86,7 @@ class Matching:
     def update(self, params: Params, batch: Batch, index: int) -> None:
         """Exchanges texts within the batch and judges each pair; rows with `matched` -1 count nothing."""
         pairs = self._exchange(batch, jax.random.fold_in(jax.random.key(self._seed), index))
-        names = ("example_id", "source_id", "image_id", "text_ids", "text_mask", "matched", "partner")
+        names = ("example_id", "source_id", "image_id", "text_ids", "matched", "partner")
         rows = fetch({name: pairs[name] for name in names})
         used, truth = rows["matched"] >= 0, rows["matched"] == 1
         self._count += int(used.sum())
@@ -130,20 +129,20 @@ class Matching:
         for kept, candidates in ((self.right, turns), (self.wrong, np.flatnonzero(used & ~right))):
             chosen = candidates[: self._pictures - len(kept)]
             for row, picture in zip(chosen, picture_rows(batch, chosen), strict=True):
-                text = self._vocabulary.decode(rows["text_ids"][row][rows["text_mask"][row]])
+                text = self._vocabulary.decode(rows["text_ids"][row])
                 kept.append(Decision(text, bool(truth[row]), float(chance[row]), picture))
 
     def _align(self, params: Params, batch: Batch) -> None:
         """Asks for the plans of the first true pairs, where the system has plans."""
         if "plan" not in inspect.signature(self._match).parameters:
             return
-        rows = fetch({name: batch[name] for name in ("example_id", "image_id", "text_ids", "text_mask")})
+        rows = fetch({name: batch[name] for name in ("example_id", "image_id", "text_ids")})
         live = np.flatnonzero(rows["example_id"] >= 0)
         _, first = np.unique(rows["image_id"][live], return_index=True)
         chosen = live[np.sort(first)][: self._pictures]
         plans = fetch(self._match(params, batch, plan=True)["plan"])
         for row, picture in zip(chosen, picture_rows(batch, chosen), strict=True):
-            words, word_of = words_of(self._vocabulary, rows["text_ids"][row], rows["text_mask"][row])
+            words, word_of = self._vocabulary.words(rows["text_ids"][row])
             visual, plan = [False] * len(words), np.zeros((len(words), plans.shape[-1]), np.float32)
             for place in np.flatnonzero(word_of >= 0):
                 plan[word_of[place]] += plans[row, place]

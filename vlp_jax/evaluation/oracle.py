@@ -43,7 +43,7 @@ class Knowledge:
         worlds: for each source the module of its dataset (anything for photographs).
     """
 
-    def __init__(self, sources: Sequence[Records], worlds: Sequence[Any]):
+    def __init__(self, sources: Sequence[Records], worlds: Sequence[World | Any]):
         self._sources = list(sources)
         self._truth = [getattr(world, "truth", None) for world in worlds]
         self._fill = [getattr(world, "fill", None) for world in worlds]
@@ -57,7 +57,7 @@ class Knowledge:
             for row, record in zip(rows, self._sources[source].read(rows) if rows else [], strict=True):
                 scene = record.get("scene")
                 self._texts[int(source), row] = (
-                    [_text(caption) for caption in record["captions"]],
+                    list(record["captions"]),
                     json.loads(scene) if scene else None,
                 )
 
@@ -108,7 +108,3 @@ class Knowledge:
 def normalise(caption: str) -> str:
     """Lower case, letters and digits only, single blanks: captions that differ in nothing else are the same."""
     return " ".join(re.findall(r"\w+", caption.lower()))
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

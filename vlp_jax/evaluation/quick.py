@@ -34,7 +34,7 @@ def evaluator(
         batches: (split=, batch_size=, examples=) -> this host's rows of one pass.
 
     Raises:
-        UserError: the evaluation batch does not divide over the mesh.
+        UserError: the evaluation batch does not divide over the mesh, or the split cannot be opened.
     """
     wanted = config.evaluation
     check_batch_size("config.evaluation.batch_size", wanted.batch_size, mesh)
@@ -44,10 +44,8 @@ def evaluator(
     if "match" in system.predict:
         tasks.append(Matching(system, blind=False))
 
-    def evaluate(params: Params) -> dict[str, float]:
-        examples = batches(
-            split=wanted.train_split, batch_size=wanted.batch_size, examples=wanted.train_examples
-        )
-        return runner.evaluate(system, params, examples, tasks, mesh)
+    def examples() -> Iterator[Mapping[str, np.ndarray]]:
+        return batches(split=wanted.train_split, batch_size=wanted.batch_size, examples=wanted.train_examples)
 
-    return evaluate
+    examples()  # a split that is missing is told now, not when the last step is taken and not yet saved
+    return lambda params: runner.evaluate(system, params, examples(), tasks, mesh)

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from vlp_jax.evaluation.masked_language import Guess
 from vlp_jax.evaluation.matching import Alignment, Decision
 from vlp_jax.evaluation.pictures import chart, data_uri, heat_map, meter, unpatchify, veil
+from vlp_jax.files import save
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository, where this is one
 MEANINGS = {
@@ -152,7 +153,7 @@ def run_facts(
         "Optimizer": f"AdamW, learning rate {config.optimizer.lr:g}, decay {config.optimizer.weight_decay:g}",
         "Input": f"{data.image_size} pixels in patches of {data.patch_size}; {data.text_length} word pieces",
         "Scored on": f"{split} split: {scored:,} of {pairs:,} pairs, {records:,} pictures",
-        "Retrieval": f"gallery of {found.gallery} pictures with one text each",
+        "Retrieval": f"gallery of {found.gallery} pictures, texts of each: {config.evaluation.captions or 'all'}",
         "Data digest": facts["manifest_sha256"][:12],
         "Device": f"{len(devices)} × {devices[0].device_kind}, {os.cpu_count()} processor cores",
         "Evaluation took": f"{found.seconds:.0f} s",
@@ -172,7 +173,7 @@ def _commit() -> str:
 
 def write_scores(path: Path, scores: Mapping[str, float]) -> None:
     """Writes `evaluation.json`: fractions by name, sorted."""
-    _write(path, json.dumps(dict(sorted(scores.items())), indent=2) + "\n")
+    save(path, json.dumps(dict(sorted(scores.items())), indent=2) + "\n")
 
 
 def write_report(
@@ -207,7 +208,7 @@ def write_report(
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n'
-    _write(path, page + "\n".join(part for part in body if part) + "\n</body></html>\n")
+    save(path, page + "\n".join(part for part in body if part) + "\n</body></html>\n")
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:
@@ -360,7 +361,7 @@ def _decision_section(examples: Examples) -> str:
 def _guess_section(guesses: Sequence[Guess]) -> str:
     cards = []
     for guess in guesses:
-        if "patches" not in guess.patches:
+        if "patches" not in guess.picture:
             continue
         words = [escape(word) for word in guess.words]
         for place in (place for place, hidden in enumerate(guess.masked) if hidden):
@@ -369,7 +370,7 @@ def _guess_section(guesses: Sequence[Guess]) -> str:
         bars = "".join(_guess(word, chance, word == guess.answer) for word, chance in guess.guesses)
         blind = f"; blind: {escape(guess.blind[0][0])} {guess.blind[0][1]:.2f}" if guess.blind else ""
         cards.append(
-            f'<div class="card">{_image(unpatchify(guess.patches), " ".join(guess.words))}<div><p>{_prose(" ".join(words))}</p>'
+            f'<div class="card">{_image(unpatchify(guess.picture), " ".join(guess.words))}<div><p>{_prose(" ".join(words))}</p>'
             f'{bars}<p class="soft">answer: {escape(guess.answer)}{blind}</p></div></div>'
         )
     note = "A hidden word (?) and the three best guesses with their probabilities; … are other hidden words."
@@ -381,16 +382,3 @@ def _guess(word: str, chance: float, hit: bool) -> str:
     return (
         f'<div class="guess{" hit" if hit else ""}"><b>{escape(word)}</b>{bar}<span>{chance:.2f}</span></div>'
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes by rename, so that a reader never sees half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

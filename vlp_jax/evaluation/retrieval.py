@@ -81,13 +81,14 @@ class Gallery:
         others = [key for key in self.pictures if key != (source, image)]
         if any(know.is_true(text, *other) for other in others):
             return False, False
-        if old is None:
+        new = old is None
+        if new:
             if any(know.is_true(known, source, image) for known in self.texts):
                 return False, False
             old = self.pictures[source, image] = len(self.pictures)
         self.texts.append(text)
         self.picture_of.append(old)
-        return True, old == len(self.pictures) - 1 and self.picture_of.count(old) == 1
+        return True, new
 
     @property
     def full(self) -> bool:

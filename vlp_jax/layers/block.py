@@ -26,8 +26,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch token embed"], train: bool
-    ) -> Float[Array, "batch token embed"]:
+        self, x: Float[Array, "batch token width"], train: bool
+    ) -> Float[Array, "batch token width"]:
         """Maps features to features through `width` hidden units."""
         hidden = gelu(Linear(self.width, ("embed", "mlp"), self.dtype, name="hidden")(x))
         hidden = nn.with_logical_constraint(hidden, ("batch", "token", "act_mlp"))

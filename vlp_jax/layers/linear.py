@@ -2,7 +2,7 @@
 """Projections whose parameters carry logical axis names, and the initialisers that the field uses.
 
 Axis names of parameters: embed (model width), heads, mlp, vocab, norm, layers; of activations: batch, token,
-act_embed, act_heads, act_mlp, act_vocab. A preset in parallel/rules.py maps them to the mesh.
+act_embed, act_mlp, act_vocab. A preset in parallel/rules.py maps them to the mesh.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class Linear(nn.Module):
     features: int
     axes: tuple[str | None, str | None]
     dtype: DTypeLike = jnp.float32
-    use_bias: bool = True
     kernel_init: Initializer = normal
     bias_init: Initializer = nn.initializers.zeros_init()
 
@@ -57,8 +56,6 @@ class Linear(nn.Module):
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         y = x.astype(self.dtype) @ gathered(kernel, self.axes, self.dtype)
-        if not self.use_bias:
-            return y
         bias_init = nn.with_logical_partitioning(self.bias_init, (_bias_axis(self.axes[1]),))
         bias = self.param("bias", bias_init, (self.features,))
         return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)

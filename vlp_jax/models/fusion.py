@@ -39,17 +39,15 @@ class MergedAttention(nn.Module):
         image_mask: Bool[Array, "batch image"],
         *,
         train: bool,
-        image_modality: int = 1,
     ) -> tuple[Float[Array, "batch text width"], Float[Array, "batch image width"]]:
-        """Returns the normalised text and image features; `image_modality` is 2 for a second picture."""
+        """Returns the normalised text and image features."""
         width = text.shape[-1]
         table = self.param(
             "modality", nn.with_logical_partitioning(normal, (None, "embed")), (self.modalities, width)
         )
         table = table.astype(self.dtype)
         text = Dropout(self.dropout, name="text_dropout")(text, train) + table[None, :1]
-        image = Dropout(self.dropout, name="image_dropout")(image, train)
-        image = image + table[None, image_modality : image_modality + 1]
+        image = Dropout(self.dropout, name="image_dropout")(image, train) + table[None, 1:2]
         x = jnp.concatenate([text, image], axis=1)
         mask = jnp.concatenate([text_mask, image_mask], axis=1)
         stack = Stack(

@@ -33,7 +33,7 @@ def at_positions(
     A product with one-hot rows is exact in any type (one term a row) and keeps its gradient a product.
     """
     onehot = (positions[..., None] == jnp.arange(features.shape[1])[None, None]).astype(features.dtype)
-    return jnp.einsum("bkt,btd->bkd", onehot, features)
+    return jnp.einsum("bkt,btd->bkd", onehot, features, precision=jax.lax.Precision.HIGHEST)
 
 
 def patch_mask(key: Key, valid: Bool[Array, "batch patch"], rate: float = 0.15) -> tuple[Array, Array]:
@@ -47,7 +47,7 @@ def patch_mask(key: Key, valid: Bool[Array, "batch patch"], rate: float = 0.15) 
     return chosen, chosen & (jax.random.uniform(hide, valid.shape) < 0.8)
 
 
-def patch_colour_bins(
+def patch_color_bins(
     patches: UInt8[Array, "batch patch pixels"], chosen: Bool[Array, "batch patch"]
 ) -> Int[Array, "batch patch 3"]:
     """Mean red, green and blue of each patch as a bin of 256 (floor), -1 where the patch is not chosen."""

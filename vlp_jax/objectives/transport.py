@@ -12,10 +12,10 @@ from vlp_jax.types import Array, Term
 
 def cosine_cost(
     text: Float[Array, "batch text width"],
-    image: Float[Array, "batch image width"],
+    image: Float[Array, "batch patch width"],
     text_mask: Bool[Array, "batch text"],
-    image_mask: Bool[Array, "batch image"],
-) -> Float[Array, "batch text image"]:
+    image_mask: Bool[Array, "batch patch"],
+) -> Float[Array, "batch text patch"]:
     """`1 - cos(text, image)` in float32, norms clamped at 1e-5, 0 where either side is not real."""
 
     def unit(x: Array) -> Array:
@@ -29,13 +29,13 @@ def cosine_cost(
 
 
 def transport_plan(
-    cost: Float[Array, "batch text image"],
+    cost: Float[Array, "batch text patch"],
     text_mask: Bool[Array, "batch text"],
-    image_mask: Bool[Array, "batch image"],
+    image_mask: Bool[Array, "batch patch"],
     *,
     beta: float = 0.5,
     iterations: int = 50,
-) -> Float[Array, "batch text image"]:
+) -> Float[Array, "batch text patch"]:
     """The transport plan between uniform masses on the real tokens of both sides, by inexact proximal points.
 
     Rows sum to 1 / (number of words), columns to 1 / (number of patches), up to convergence; masked entries are 0,
@@ -71,9 +71,9 @@ def alignable_text(text_mask: Bool[Array, "batch text"]) -> Bool[Array, "batch t
 
 def word_patch_alignment(
     text: Float[Array, "batch text width"],
-    image: Float[Array, "batch image width"],
+    image: Float[Array, "batch patch width"],
     text_mask: Bool[Array, "batch text"],
-    image_mask: Bool[Array, "batch image"],
+    image_mask: Bool[Array, "batch patch"],
     matched: Int[Array, "batch"],
 ) -> Term:
     """Transport distance, added for matched pairs and subtracted for others; its mean may be negative.

@@ -29,7 +29,8 @@ def make_mesh(parallel: ConfigDict, devices: Sequence[jax.Device] | None = None)
     fixed = math.prod(n for n in shape if n != -1)
     if len(shape) != 3 or shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
         raise UserError(
-            f"config.parallel.mesh {shape} is not three sizes (data, fsdp, tensor) with at most one -1."
+            f"config.parallel.mesh {shape} is not three sizes (data, fsdp, tensor) with at most one -1. "
+            "Give three, for example (-1, 1, 1), or () for the preset's."
         )
     shape = tuple(len(devices) // fixed if n == -1 else n for n in shape)
     if math.prod(shape) != len(devices):

@@ -5,8 +5,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
+from ml_collections import ConfigDict
+
+from vlp_jax.systems.base import System
 from vlp_jax.types import UserError, closest
 
 
@@ -26,3 +31,9 @@ def get(name: str) -> ModuleType:
             f"unknown system {name!r}.{closest(name, names())} Systems: {', '.join(names())}. Set config.system."
         )
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def build(config: ConfigDict, facts: Mapping[str, Any]) -> System:
+    """Resolves a config with the facts of its data and builds its system."""
+    module = get(config.system)
+    return module.build(module.resolve(config, facts))

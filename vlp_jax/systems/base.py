@@ -25,7 +25,11 @@ class System(Protocol):
         """Draws parameters and extra state; called under `eval_shape` or `jit` only, by parallel/shard.py."""
 
     def prepare(self, batch: Batch, rng: Key) -> Batch:
-        """Draws what concerns the global batch (partners), before it is cut into micro-batches."""
+        """Draws what concerns the global batch, before it is cut into micro-batches.
+
+        A system with `predict["match"]` adds `matched` (1, 0, -1 = padding) and, as `pair_*`, the texts to match:
+        evaluation exchanges texts by it, and learns from `pair_example_id` where each came from.
+        """
 
     def loss(self, params: Params, extra: Extra, batch: Batch, rng: Key) -> LossOut:
         """Terms and metrics of one micro-batch, at training."""
@@ -80,7 +84,7 @@ def fill_unknown(config: ConfigDict, facts: Mapping[str, Any], wanted: Mapping[s
             node[name] = known
         elif known not in (-1, node[name]):
             raise UserError(
-                f"config.{field} is {node[name]}, but {facts.get('origin', 'the data')} has {fact} {known}. "
+                f"config.{field} is {node[name]}, but the data has {fact} {known}. "
                 f"Leave config.{field} at -1, or use the data that fits."
             )
     return config
@@ -102,7 +106,8 @@ def divisible(config: ConfigDict) -> None:
     if width % heads:
         possible = [n for n in range(1, width + 1) if width % n == 0 and n <= 64]
         raise UserError(
-            f"config.model.width {width} is not divisible by config.model.fusion.num_heads {heads}. Possible: {possible}."
+            f"config.model.width {width} is not divisible by config.model.fusion.num_heads {heads}. Possible heads: "
+            f"{possible}. Change one of the two."
         )
 
 

@@ -73,12 +73,11 @@ class Vilt(nn.Module):
         """Vocabulary logits at the masked positions only."""
         return self.mlm_head(masking.at_positions(text, positions))
 
-    def everything(self, batch: Batch) -> Array:
+    def everything(self, batch: Batch) -> tuple[Array, Array]:
         """Runs every part once, so that `init` makes every parameter."""
         features = self.encode_text(batch["text_ids"], batch["text_mask"]) | self.encode_image(batch)
         out = self.fuse(features)
         if self.masked_patches:
-            self.encode_image(batch, batch["patch_mask"])
             self.mpp_head(out["image"])
         return self.match(out["pooled"]), self.words(out["text"], batch["mlm_positions"])
 
@@ -94,7 +93,7 @@ class Vilt(nn.Module):
             views["pairs"] = self.encode_text(batch["pair_text_ids"], batch["pair_text_mask"]) | plain
         if "mpp" in active:
             chosen, hidden = masking.patch_mask(key, batch["patch_mask"])
-            batch = {**batch, "mpp_labels": masking.patch_colour_bins(batch["patches"], chosen)}
+            batch = {**batch, "mpp_labels": masking.patch_color_bins(batch["patches"], chosen)}
             text = self.encode_text(batch["text_ids"], batch["text_mask"])
             views["patches"] = text | self.encode_image(batch, hidden)
         fused = self.fuse(base.interleave_features(list(views.values())), train=True)

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vlp_jax.files import save
 from vlp_jax.types import Params, UserError
 
 ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -39,19 +40,18 @@ class Checkpointer:
     """Saves and restores the state of one run in `directory`, `<directory>/<step>/...`."""
 
     def __init__(
-        self, directory: str | Path, *, every: int, keep: int, best: str = "", asynchronous: bool = True
+        self, directory: str | Path, *, keep: int, best: str = "", asynchronous: bool = True
     ) -> None:
         """Writes nothing yet.
 
         Args:
             directory: made at the first save.
-            every: steps between saves that are not forced; 0 = only forced ones.
             keep: newest steps that stay; the newest finite one and the best one stay besides.
             best: metric whose highest value is kept for ever; "" = none.
             asynchronous: whether `save` returns as soon as the arrays are copied to the host.
         """
         self._directory = Path(directory).absolute()
-        self._every, self._keep, self._best, self._asynchronous = every, max(keep, 1), best, asynchronous
+        self._keep, self._best, self._asynchronous = max(keep, 1), best, asynchronous
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -63,9 +63,8 @@ class Checkpointer:
         meta: Mapping[str, Any],
         assets: Mapping[str, bytes | str],
         metrics: Mapping[str, float],
-        force: bool = False,
     ) -> bool:
-        """Saves a `TrainState` if `step` is due or `force`; returns whether it did.
+        """Saves a `TrainState`; returns whether it did.
 
         A step that is already complete is left alone: the same run makes the same bits.
 
@@ -73,8 +72,6 @@ class Checkpointer:
             UserError: disk full, no permission (now, or in the save before); older steps are untouched.
         """
         path = self._directory / str(step)
-        if not force and (self._every == 0 or step % self._every):
-            return False
         self.wait()
         if _is_complete(path):
             return False
@@ -323,13 +320,7 @@ def _write_digests(path: Path) -> None:
         time.sleep(0.1)  # process 0 commits by rename; on a shared file system the others see it later
     mine = [n for n in _files(path) if (zlib.crc32(n.encode()) % processes if "/d/" in n else 0) == process]
     digests = dict(zip(mine, _hash_all(path, mine), strict=True))
-    target = path / f"digests.{process}.json"
-    temporary = target.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump({"processes": processes, "files": digests}, file, indent=0)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(target)
+    save(path / f"digests.{process}.json", json.dumps({"processes": processes, "files": digests}, indent=0))
 
 
 def _hash_all(path: Path, names: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from vlp_jax.systems.base import System
 from vlp_jax.training import optimizer as optimizers
 from vlp_jax.training.checkpoint import Checkpointer, restore_params
 from vlp_jax.training.hooks import Meter, Signals, Watchdog
-from vlp_jax.training.state import TrainState, initial_state
+from vlp_jax.training.state import TrainState, initial_state, moving_average
 from vlp_jax.training.step import make_train_step
 from vlp_jax.training.window import Window
 from vlp_jax.training.writers import Writers
@@ -57,7 +57,7 @@ def run(config: ConfigDict, system: System, inputs: Inputs, workdir: Path, mesh:
     meshes.check_batch_size(
         "config.train.batch_size", config.train.batch_size, mesh, config.train.accumulation
     )
-    keeping = {name: config.checkpoint[name] for name in ("every", "keep", "best", "asynchronous")}
+    keeping = {name: config.checkpoint[name] for name in ("keep", "best", "asynchronous")}
     checkpointer = Checkpointer(workdir / "checkpoints", **keeping)
     with contextlib.closing(checkpointer), shard.context(mesh, config.parallel.rules), Signals() as signals:
         optimizer = optimizers.make(config.optimizer, config.train.steps)
@@ -70,7 +70,7 @@ def run(config: ConfigDict, system: System, inputs: Inputs, workdir: Path, mesh:
         step = jax.jit(
             make_train_step(config, system, optimizer),
             donate_argnums=0,
-            out_shardings=(shard.shardings(_abstract(state)), shard.replicated(mesh)),
+            out_shardings=(shard.shardings(state), shard.replicated(mesh)),
         )
         work = _Work(config, inputs, checkpointer, writers, Window(config.train.max_skipped, saved))
         with Watchdog(config.train.watchdog) as watchdog, writers:
@@ -97,10 +97,6 @@ def _compiled(step: Any, state: TrainState, batch: Batch) -> Any:
     return compiled
 
 
-def _abstract(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
 def _start(
     config: ConfigDict, system: System, optimizer: optimizers.Optimizer, inputs: Inputs, checkpointer: Checkpointer,
     mesh: Mesh,
@@ -118,7 +114,9 @@ def _start(
     state = shard.concrete(make, target)
     if config.init_from:
         params = restore_params(config.init_from, target.params)
-        state = dataclasses.replace(state, params=params)
+        # The averages begin with these parameters, not with the drawn ones; in arrays of their own, for donation.
+        ema = moving_average(state.ema, params, decay=0.0)
+        state = dataclasses.replace(state, params=params, ema=ema)
         log.info("parameters from %s", config.init_from)
     return state, {}
 
@@ -163,4 +161,4 @@ class _Work:
     def _save(self, step: int, state: TrainState) -> None:
         window = self.window.saved()
         meta = {**self.inputs.meta, "window": window, "finite": window["in_a_row"] == 0}
-        self.checkpointer.save(step, state, meta, self.inputs.assets, self.validation, force=True)
+        self.checkpointer.save(step, state, meta, self.inputs.assets, self.validation)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import optax
 from ml_collections import ConfigDict
 
 from vlp_jax.training import schedule
+from vlp_jax.training.paths import flatten, matches, nest
 from vlp_jax.types import Array, Params, UserError, closest
 
 PLACEMENTS = ("uncorrected", "corrected")
@@ -45,17 +46,17 @@ class Optimizer:
         factors = (
             float(factor) for pattern, factor in self.config.lr_multipliers if re.search(pattern, path)
         )
-        decayed = self.config.weight_decay > 0 and not _any(self.config.no_decay, path)
-        return Group(decayed, next(factors, 1.0), _any(self.config.frozen, path))
+        decayed = self.config.weight_decay > 0 and not matches(self.config.no_decay, path)
+        return Group(decayed, next(factors, 1.0), matches(self.config.frozen, path))
 
     def init(self, params: Params) -> OptState:
         """Zero moments for all but frozen parameters; partition boxes around parameters are kept."""
         zeros = [
             (path, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), leaf))
-            for path, leaf in _flatten(params)
+            for path, leaf in flatten(params)
             if not self.group(path).frozen
         ]
-        return {"count": jnp.zeros((), jnp.int32), "m": _nest(zeros), "v": _nest(zeros)}
+        return {"count": jnp.zeros((), jnp.int32), "m": nest(zeros), "v": nest(zeros)}
 
     def update(
         self, grads: Params, opt_state: OptState, params: Params, step: Array
@@ -69,8 +70,8 @@ class Optimizer:
             new parameters, new state, and {"lr", "grad_norm" (before clipping, without frozen parameters)}.
         """
         config = self.config
-        m, v = dict(_flatten(opt_state["m"])), dict(_flatten(opt_state["v"]))
-        grads = {path: g.astype(jnp.float32) for path, g in _flatten(grads) if path in m}
+        m, v = dict(flatten(opt_state["m"])), dict(flatten(opt_state["v"]))
+        grads = {path: g.astype(jnp.float32) for path, g in flatten(grads) if path in m}
         lr, count, norm = self.schedule(step), opt_state["count"] + 1, optax.tree.norm(grads)
         if config.clip_norm > 0:
             # As torch.nn.utils.clip_grad_norm_, small constant included.
@@ -79,20 +80,20 @@ class Optimizer:
         m = {path: config.b1 * m[path] + (1 - config.b1) * g for path, g in grads.items()}
         v = {path: config.b2 * v[path] + (1 - config.b2) * jnp.square(g) for path, g in grads.items()}
         new = []
-        for path, param in _flatten(params):
+        for path, param in flatten(params):
             group = self.group(path)
             if not group.frozen:
                 decay = config.weight_decay if group.decayed else 0.0
                 adam = _adam(config, m[path], v[path], count)
                 param = _apply(config, param, lr * group.multiplier, adam, decay)
             new.append((path, param))
-        state = {"count": count, "m": _nest(m.items()), "v": _nest(v.items())}
-        return _nest(new), state, {"lr": lr, "grad_norm": norm}
+        state = {"count": count, "m": nest(m.items()), "v": nest(v.items())}
+        return nest(new), state, {"lr": lr, "grad_norm": norm}
 
     def describe(self, params: Params) -> str:
         """A table for the log: tensors and numbers a group, and how many tensors each pattern matches."""
         sizes = {
-            path: sum(math.prod(x.shape) for x in jax.tree.leaves(leaf)) for path, leaf in _flatten(params)
+            path: sum(math.prod(x.shape) for x in jax.tree.leaves(leaf)) for path, leaf in flatten(params)
         }
         groups = {path: self.group(path) for path in sizes}
         kinds = {
@@ -164,31 +165,7 @@ def _correction(beta: float, count: Array) -> Array:
     return -jnp.expm1(count.astype(jnp.float32) * math.log(beta))
 
 
-def _any(patterns: tuple[str, ...], path: str) -> bool:
-    return any(re.search(pattern, path) for pattern in patterns)
-
-
 def _patterns(config: ConfigDict) -> Iterator[tuple[str, str]]:
     for key in ("no_decay", "lr_multipliers", "frozen"):
         for entry in config[key]:
             yield key, entry[0] if key == "lr_multipliers" else entry
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields ("a/b/kernel", leaf) in a fixed order; a partition box counts as a leaf."""
-    for name in sorted(tree):
-        if isinstance(tree[name], Mapping):
-            yield from _flatten(tree[name], f"{prefix}{name}/")
-        else:
-            yield prefix + name, tree[name]
-
-
-def _nest(leaves: Any) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves:
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree

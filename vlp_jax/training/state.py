@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vlp_jax.systems.base import System
+from vlp_jax.training.paths import flatten, matches, nest
 from vlp_jax.types import Array, Batch, Extra, Key, Params
 
 
@@ -44,17 +44,9 @@ def initial_state(
     return make
 
 
-def averaged(params: Params, patterns: tuple[str, ...], prefix: str = "") -> Params:
+def averaged(params: Params, patterns: tuple[str, ...]) -> Params:
     """The part of a parameter tree whose paths ("a/b/kernel") match one of the regular expressions."""
-    kept = {}
-    for name, node in params.items():
-        path = f"{prefix}{name}"
-        if isinstance(node, Mapping):
-            if below := averaged(node, patterns, f"{path}/"):
-                kept[name] = below
-        elif any(re.search(pattern, path) for pattern in patterns):
-            kept[name] = node
-    return kept
+    return nest((path, leaf) for path, leaf in flatten(params) if matches(patterns, path))
 
 
 def moving_average(ema: Params, params: Params, decay: float) -> Params:

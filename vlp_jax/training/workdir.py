@@ -16,6 +16,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from vlp_jax.files import save
+from vlp_jax.training.paths import flatten
 from vlp_jax.types import UserError
 
 # What a restart may change: where and how fast it runs, how often it tells, saves and looks, and for how long.
@@ -93,17 +95,12 @@ def _claim(folder: Path, new: dict[str, Any]) -> None:
             )
     elif (folder / "checkpoints").exists():
         raise UserError(f"--workdir {folder} holds checkpoints but no config.json. Give another --workdir.")
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as out:
-        json.dump(new, out, indent=2, sort_keys=True)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.rename(file)
+    save(file, json.dumps(new, indent=2, sort_keys=True))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """What a restart must not change: (dotted key, old value, new value), sorted; "absent" where there is none."""
-    before, now = dict(_flatten(old)), dict(_flatten(new))
+    before, now = dict(flatten(old, ".")), dict(flatten(new, "."))
     found = []
     for key in sorted(before.keys() | now.keys()):
         one, other = before.get(key, "absent"), now.get(key, "absent")
@@ -111,11 +108,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
         if one != other and not FREE.fullmatch(key) and not longer:
             found.append((key, one, other))
     return found
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

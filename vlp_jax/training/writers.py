@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import TextIO
 
 import jax
+
+from vlp_jax.files import save
 
 QUIET = ("train/lr", "train/grad_norm", "train/skipped_steps")  # in the files, not on the progress line
 
@@ -72,12 +73,7 @@ def cut(path: Path, step: int) -> None:
     lines = path.read_text("utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
     if kept != lines:
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        save(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:

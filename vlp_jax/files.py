@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are there whole or not at all, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from vlp_jax.types import UserError
+
+
+def save(path: Path, content: bytes | str) -> None:
+    """Writes a file (text as UTF-8) by rename, so that neither a reader nor a kill ever meets half of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, in hex.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
+        ) from error
