@@ -39,9 +39,9 @@ def get_config(arg: str = "") -> ConfigDict:
     model.dtype = "bfloat16" if options.variant == "b32" else "float32"
     model.unroll = 1 if options.smoke else depth  # 1 is quick to compile, depth is quick to run
     model.dropout = 0.1 if options.variant == "b32" else 0.0
-    model.text_embed = ConfigDict(dict(vocab_size=-1, length=-1))  # -1: as the data has it
+    model.text_embed = ConfigDict(dict(vocab_size=-1, length=-1, pad_id=0))  # -1: as the data has it
     model.patch_embed = ConfigDict(dict(patch_size=-1, grid=-1))  # grid: rows of learned positions
-    model.modalities = 2  # 3 for two pictures (NLVR2)
+    model.modalities = 2  # rows of the modality table: text, picture
     model.fusion = ConfigDict(dict(depth=depth, num_heads=heads, mlp_width=4 * width, remat=False))
 
     # The original adds the losses with these coefficients; mpp (masked patches) is its ablation.
@@ -49,7 +49,6 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # As released: biases and LayerNorm scales do not decay, but embeddings and the scale inside a classifier do.
     config.optimizer.no_decay = (r"bias$", r"(?<!classifier/)norm\w*/scale$")
-    config.optimizer.lr_multipliers = ((r"(vqa|nlvr2)_classifier/", 10.0),)
     config.train.steps = steps
     config.train.batch_size = batch
     if options.variant == "b32":

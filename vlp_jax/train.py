@@ -29,9 +29,10 @@ def main(flags: absl_flags.FlagValues) -> None:
     from vlp_jax.evaluation import quick
     from vlp_jax.parallel import mesh as meshes
     from vlp_jax.parallel import processes
-    from vlp_jax.training import loop, workdir
+    from vlp_jax.training import limits, loop, workdir
 
     config = flags.config
+    limits.check(config)
     host = processes.start(config.parallel, config.compilation_cache)
     facts = pipeline.facts(config)
     module = systems.get(config.system)

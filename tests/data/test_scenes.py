@@ -198,7 +198,7 @@ def test_pictures_have_whole_patches_and_show_their_objects(level):
 
 def test_shiny_objects_have_a_glint_that_matte_ones_lack():
     def lightest(item):
-        ground = scenes_picture.draw([item], (64, 64), 1, random.Random(3))
+        ground = scenes_picture.draw([item], (64, 64), 3, random.Random(3))  # level 3: a darker ground
         x, y, w, h = item["box"]
         return np.asarray(Image.open(io.BytesIO(ground)), np.float32)[y : y + h, x : x + w].min(-1).max()
 

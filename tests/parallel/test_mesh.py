@@ -48,6 +48,11 @@ def test_a_mesh_that_does_not_fit_is_explained(changes, words):
         meshes.make_mesh(parallel(**changes))
 
 
+def test_a_preset_that_needs_more_devices_says_so():
+    with pytest.raises(UserError, match="'fsdp_tp' needs at least 2 devices, but there are 1"):
+        meshes.make_mesh(parallel(rules="fsdp_tp"), jax.devices()[:1])
+
+
 def test_batch_sizes_that_do_not_divide_name_those_that_do():
     mesh = meshes.make_mesh(parallel())
     meshes.check_batch_size("config.train.batch_size", 32, mesh, accumulation=4)

@@ -16,12 +16,13 @@ from vlp_jax.types import Array
 class TextEmbedder(nn.Module):
     """`LayerNorm(word + segment 0 + position)`, without the dropout that follows it (Devlin et al. 2019).
 
-    As in BERT, the word row of [PAD] (id 0) gets no gradient; it is initialised and decayed like the others.
+    As in BERT, the word row of [PAD] (`pad_id`) gets no gradient; it is initialised and decayed like the others.
     """
 
     vocab_size: int
     length: int
     width: int
+    pad_id: int = 0
     eps: float = 1e-12
     segments: int = 2
     dtype: DTypeLike = jnp.float32
@@ -37,7 +38,7 @@ class TextEmbedder(nn.Module):
     def __call__(self, text_ids: Int[Array, "batch text"]) -> Float[Array, "batch text width"]:
         """Embeds ids of at most `length` pieces."""
         word = self.word[text_ids]
-        word = jnp.where((text_ids == 0)[..., None], jax.lax.stop_gradient(word), word)
+        word = jnp.where((text_ids == self.pad_id)[..., None], jax.lax.stop_gradient(word), word)
         place = self.position[: text_ids.shape[1]] + self.segment[:1]
         x = self.norm(word + place[None])
         return nn.with_logical_constraint(x, ("batch", "token", "act_embed"))

@@ -32,6 +32,11 @@ def make_mesh(parallel: ConfigDict, devices: Sequence[jax.Device] | None = None)
             f"config.parallel.mesh {shape} is not three sizes (data, fsdp, tensor) with at most one -1. "
             "Give three, for example (-1, 1, 1), or () for the preset's."
         )
+    if fixed > len(devices) and not parallel.mesh:
+        raise UserError(
+            f"config.parallel.rules {parallel.rules!r} needs at least {fixed} devices, but there are {len(devices)}. "
+            "Use 'dp', or more devices."
+        )
     shape = tuple(len(devices) // fixed if n == -1 else n for n in shape)
     if math.prod(shape) != len(devices):
         raise UserError(

@@ -33,7 +33,7 @@ class Vilt(nn.Module):
 
     def setup(self) -> None:
         m, dtype = self.model, jnp.dtype(self.model.dtype)
-        self.text_embed = TextEmbedder(m.text_embed.vocab_size, m.text_embed.length, m.width, dtype=dtype)
+        self.text_embed = TextEmbedder(**m.text_embed, width=m.width, dtype=dtype)
         patch = m.patch_embed
         self.patch_embed = PatchEmbedder(patch.patch_size, patch.grid, m.width, self.masked_patches, dtype)
         self.fusion = MergedAttention(
@@ -106,7 +106,7 @@ def resolve(config: ConfigDict, facts: Mapping[str, Any]) -> ConfigDict:
     data = config.data
     known = {**facts, "text_length": data.text_length, "patch_size": data.patch_size}
     wanted = {"text_embed.length": "text_length", "patch_embed.patch_size": "patch_size"}
-    wanted["text_embed.vocab_size"] = "vocab_size"
+    wanted |= {"text_embed.vocab_size": "vocab_size", "text_embed.pad_id": "pad_id"}
     config = base.fill_unknown(config, known, {f"model.{ours}": fact for ours, fact in wanted.items()})
     base.divisible(config)
     if config.model.patch_embed.grid == -1:

@@ -130,7 +130,7 @@ class _Work:
     checkpointer: Checkpointer
     writers: Writers
     window: Window
-    validation: dict[str, float] = dataclasses.field(default_factory=dict)
+    validation: tuple[int, dict[str, float]] = (0, {})  # the last scores, and of which step
     meter: Meter = dataclasses.field(default_factory=Meter)
 
     def after(self, step: int, state: TrainState, signals: Signals) -> None:
@@ -142,8 +142,8 @@ class _Work:
             self.writers.write(step, {**means, **self.meter.read(self.config.train.batch_size)})
         if self.inputs.evaluate and (last or self._due(train.evaluate_every, step)):
             with self.meter.paused():
-                self.validation = self.inputs.evaluate(state.params)
-            self.writers.write(step, {f"validation/{k}": v for k, v in self.validation.items()})
+                self.validation = step, self.inputs.evaluate(state.params)
+            self.writers.write(step, {f"validation/{k}": v for k, v in self.validation[1].items()})
         stopping = signals.agreed(step % train.log_every == 0)
         if stopping or last or self._due(self.config.checkpoint.every, step):
             with self.meter.paused():
@@ -161,4 +161,6 @@ class _Work:
     def _save(self, step: int, state: TrainState) -> None:
         window = self.window.saved()
         meta = {**self.inputs.meta, "window": window, "finite": window["in_a_row"] == 0}
-        self.checkpointer.save(step, state, meta, self.inputs.assets, self.validation)
+        # Scores of another step would make a step "the best" that was never scored.
+        scores = self.validation[1] if self.validation[0] == step else {}
+        self.checkpointer.save(step, state, meta, self.inputs.assets, scores)

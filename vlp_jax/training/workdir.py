@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import socket
@@ -19,6 +20,8 @@ from ml_collections import ConfigDict
 from vlp_jax.files import save
 from vlp_jax.training.paths import flatten
 from vlp_jax.types import UserError
+
+log = logging.getLogger(__name__)
 
 # What a restart may change: where and how fast it runs, how often it tells, saves and looks, and for how long.
 FREE = re.compile(
@@ -70,6 +73,9 @@ def _locked(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"--workdir {folder} is in use by {holder}. Wait for that run, stop it, or give another --workdir."
             ) from error
+        except OSError as error:
+            # Some network file systems have no locks; a run there goes on without one.
+            log.warning("%s is not locked (%s): start no second run in it.", folder, error.strerror)
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
