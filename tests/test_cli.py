@@ -142,6 +142,8 @@ def test_require_names_the_missing_flag(capsys):
         (PermissionError(errno.EACCES, "Permission denied", "/closed"), 2, False),
         (OSError(errno.EROFS, "Read-only file system"), 2, False),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, False),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/run/metrics.jsonl"), 2, False),
+        (FileExistsError(errno.EEXIST, "File exists", "/run/checkpoints"), 2, False),
         (FileNotFoundError(errno.ENOENT, "No such file", "/gone"), 1, True),
         (ValueError("ours"), 1, True),
         (Stop(75, "Preempted, saved."), 75, False),

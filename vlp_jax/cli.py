@@ -29,7 +29,8 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 from vlp_jax.types import Stop, UserError, closest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent  # the folder that holds configs/
-ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+ENVIRONMENT |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}  # the path is something else
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a tuple"}
 USER_FAULT, OUR_FAULT, INTERRUPTED = 2, 1, 130
 

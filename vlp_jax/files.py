@@ -19,6 +19,9 @@ def save(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

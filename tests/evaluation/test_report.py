@@ -195,7 +195,9 @@ def test_table_has_a_line_a_score(capsys):
 
 
 def test_read_lines_drops_a_cut_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tr')
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'null\n\xff\xfe\n{"step": 1, "train/loss": 2.0}\n{"step": 2, "tr'
+    )
     assert report.read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.0}]
     assert report.read_lines(tmp_path / "none.jsonl") == []
 

@@ -239,7 +239,8 @@ from vlp_jax.training.state import TrainState
 
 def state(rows):
     values = jnp.asarray(np.random.default_rng(0).normal(size=(rows, 100)), jnp.float32)
-    return TrainState(jnp.int32(0), {"w": values}, {}, {}, {}, jax.random.key(0))
+    many = {f"w{n}": values + n for n in range(20)}  # writes that fail after the first one has failed
+    return TrainState(jnp.int32(0), many, {"m": many}, {}, {}, jax.random.key(0))
 
 def main(flags, kind, directory):
     keeper = checkpoint.Checkpointer(directory, keep=1, asynchronous=kind != "permission")

@@ -88,6 +88,22 @@ def test_other_data_is_another_run(tmp_path):
         open_and_close(tmp_path, manifest="def")
 
 
+def test_a_run_that_could_not_begin_does_not_keep_the_corrected_one_out(tmp_path):
+    def fail(**values):
+        with workdir.open_workdir(tmp_path, changed(**values), "abc"):
+            raise UserError("config.train.accumulation 3 does not divide")
+
+    with pytest.raises(UserError, match="divide"):
+        fail(train__accumulation=3)
+    assert not (tmp_path / "config.json").exists()
+    open_and_close(tmp_path, train__accumulation=2)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="divide"):
+        fail(train__accumulation=2)
+    with pytest.raises(UserError, match="2 there, 3 given"):
+        open_and_close(tmp_path, train__accumulation=3)
+
+
 def test_absent_keys_are_named():
     assert workdir.differences({"a": {"b": 1}}, {"a": {"c": 2}}) == [
         ("a.b", 1, "absent"),

@@ -66,6 +66,13 @@ def test_cut_leaves_a_file_alone_that_needs_none(tmp_path):
     writers.cut(tmp_path / "absent.jsonl", 4)
 
 
+def test_cut_drops_what_is_unreadable(tmp_path):
+    good = b'{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + b'{"step": "x"}\n\xff\xfe\0\0\nnull\n[]\n')
+    writers.cut(tmp_path / "metrics.jsonl", 4)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good
+
+
 def test_events_are_readable_and_purge_what_is_written_anew(tmp_path):
     run(tmp_path, range(1, 4))
     run(tmp_path, range(3, 5), start=2)

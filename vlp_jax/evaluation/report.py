@@ -212,14 +212,14 @@ def write_report(
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:
-    """Reads a `metrics.jsonl`; none where there is no file, and without a last line that was cut."""
+    """Reads a `metrics.jsonl`; none where there is no file, and without what a kill or a crash left unreadable."""
     lines = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def table(scores: Mapping[str, float]) -> str:

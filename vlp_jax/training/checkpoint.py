@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -19,9 +20,11 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
+import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +144,7 @@ class Checkpointer:
 
     def _prepare(self, path: Path) -> None:
         if self._orbax is None:
-            # The failure is raised to us; orbax would print it three times besides, with tracebacks.
-            logging.getLogger("absl").addFilter(_not_orbax)
+            _silence_orbax()
             # Folders made in the background would report a closed one only after 300 seconds.
             options = ocp.AsyncOptions(timeout_secs=BARRIER_SECONDS, create_directories_asynchronously=False)
             self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
@@ -400,5 +402,26 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
+@functools.cache  # once a process
+def _silence_orbax() -> None:
+    """Leaves the one failure that is raised to us: orbax prints it three times besides, with tracebacks.
+
+    Its event loop ends with the first failed write; what the others then have to say is printed one by one.
+    """
+    logging.getLogger("absl").addFilter(_not_orbax)
+    logging.getLogger("asyncio").addFilter(_not_abandoned)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.unraisablehook = functools.partial(_not_late, sys.unraisablehook)
+
+
 def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
+
+
+def _not_abandoned(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
+
+
+def _not_late(report: Callable[[Any], None], unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)

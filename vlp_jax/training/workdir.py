@@ -35,7 +35,8 @@ MANIFEST = "manifest_sha256"
 def open_workdir(path: str | Path, config: ConfigDict, manifest_sha256: str) -> Iterator[Path]:
     """Makes the folder, locks it, and writes config.json; gives its absolute path.
 
-    Only process 0 does so: the others of a run share its folder.
+    Only process 0 does so: the others of a run share its folder. A run that ends by the user's fault before its
+    first checkpoint leaves no config.json, so that the corrected command may use the folder.
 
     Args:
         path: the folder; what is not there is made.
@@ -58,7 +59,12 @@ def open_workdir(path: str | Path, config: ConfigDict, manifest_sha256: str) -> 
         raise UserError(f"--workdir {folder} cannot be made: {reason}. Give a folder that can be.") from error
     with _locked(folder):
         _claim(folder, {**json.loads(config.to_json()), MANIFEST: manifest_sha256})
-        yield folder
+        try:
+            yield folder
+        except UserError:
+            if not (folder / "checkpoints").exists():
+                (folder / "config.json").unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager

@@ -67,10 +67,10 @@ class Writers:
 
 
 def cut(path: Path, step: int) -> None:
-    """Drops the lines of steps after `step`, and a line that a kill has left unfinished, in one rename."""
+    """Drops the lines of steps after `step`, and what a kill or a crash has left unreadable, in one rename."""
     if not path.is_file():
         return
-    lines = path.read_text("utf-8").splitlines(keepends=True)
+    lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
     if kept != lines:
         save(path, "".join(kept))
@@ -78,7 +78,7 @@ def cut(path: Path, step: int) -> None:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+        return float(json.loads(line)["step"]) if line.endswith("\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
