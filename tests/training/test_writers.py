@@ -7,6 +7,9 @@ import io
 import json
 import re
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from tensorboardX.proto import event_pb2
 
 from vlp_jax.training import writers
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 TIMES = {"time/examples_per_second": 1234.5, "time/data_wait": 0.034, "time/memory_gib": 1.26}
 
 
@@ -88,6 +92,26 @@ def test_events_are_readable_and_purge_what_is_written_anew(tmp_path):
     np.testing.assert_allclose([v for s, v in losses if s == 4], 0.25)
     starts = [e.step for e in events if e.session_log.status == event_pb2.SessionLog.START]
     assert sorted(starts) == [1, 3]
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from vlp_jax.training import writers
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+with writers.Writers(Path(sys.argv[1]), 1000) as writer:
+    for step in range(1, 1001):
+        writer.write(step, {"validation/x": 0.5})
+"""
+
+
+def test_a_full_disk_under_tensorboard_ends_the_run_and_does_not_hang_it(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/null")
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    assert done.returncode == 1
+    assert f"File too large: '{tmp_path}'" in done.stderr.splitlines()[-1]
 
 
 def test_progress_is_a_line_an_interval_off_a_terminal():

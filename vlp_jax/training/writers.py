@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -37,22 +38,15 @@ class Writers:
             path = self._workdir / "metrics.jsonl"
             cut(path, self._start)
             self._lines = path.open("a", encoding="utf-8", buffering=1)
-            from tensorboardX import SummaryWriter
-
-            # The purge step tells TensorBoard to drop what an earlier run wrote after the restored step.
-            # The suffix keeps apart the files of two starts in one second.
-            self._events = SummaryWriter(
-                str(self._workdir / "tensorboard"),
-                purge_step=self._start + 1,
-                filename_suffix=f".step{self._start}",
-            )
+            self._events = Events(self._workdir / "tensorboard", self._start)
             self._console = Console(self._steps, self._start)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._active:
-            self._lines.close()
-            self._events.close()
+            with self._naming():
+                self._lines.close()
+                self._events.close()
             self._console.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -60,10 +54,51 @@ class Writers:
         if not self._active:
             return
         values = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        with self._naming():
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._events.write(step, values)
         self._console.write(step, values)
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """A write that fails does not say where; the message to the user must."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self._workdir)
+            raise
+
+
+class Events:
+    """A file of TensorBoard events, written at once.
+
+    tensorboardX's SummaryWriter leaves that to a thread: a full disk ends the thread, and the run then waits for it
+    for ever.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        """Makes the file, and tells TensorBoard to drop what an earlier run wrote after step `start`."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # The suffix keeps apart the files of two starts in one second.
+        self._file = EventsWriter(str(folder / "events"), f".step{start}")
+        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.write_event(self._event(wall_time=time.time(), step=start + 1, session_log=log))
+        self._file.flush()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of a step."""
+        points = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        summary = self._summary(value=points)
+        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._file.close()
 
 
 def cut(path: Path, step: int) -> None:
