@@ -31,7 +31,7 @@ def test_default_run_on_held_out_scenes(tmp_path):
     assert scores["image_retrieval/r1_blind"] < 0.05 and scores["text_retrieval/r1_blind"] < 0.05
 
 
-@pytest.mark.parametrize("pictures, captions, steps", [(8, 1, 400), (20, 5, 1200)])
+@pytest.mark.parametrize("pictures, captions, steps", [(8, 1, 600), (20, 5, 1200)])
 def test_photographs_are_learned_by_heart(realdata, tmp_path, pictures, captions, steps):
     data, run = tmp_path / "data", tmp_path / "run"
     command(
@@ -41,7 +41,7 @@ def test_photographs_are_learned_by_heart(realdata, tmp_path, pictures, captions
     command(
         "train", "--config=configs/vilt.py:variant=tiny", f"--config.data.dir={data}", f"--workdir={run}",
         "--config.data.image_size=384", "--config.data.patch_size=32", "--config.data.max_patches=0",
-        "--config.data.mask_rate=0.15", "--config.train.batch_size=8", f"--config.train.steps={steps}",
+        "--config.data.mask_rate=0.15", "--config.optimizer.lr=2e-3", "--config.optimizer.warmup=0.05", "--config.train.batch_size=8", f"--config.train.steps={steps}",
         "--config.evaluation.batch_size=8",
     )  # fmt: skip
     command("evaluate", f"--workdir={run}")
