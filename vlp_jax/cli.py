@@ -175,6 +175,9 @@ def _explain(flags: absl_flags.FlagValues, message: str) -> str:
         return message[:1].upper() + message[1:]
     name, value = match.groups()
     kind = KINDS.get(flags[name].flag_type(), "another type")
+    bounds = (("from", "lower_bound"), ("to", "upper_bound"))
+    limits = ((word, getattr(flags[name].parser, bound, None)) for word, bound in bounds)
+    kind += "".join(f" {word} {limit}" for word, limit in limits if limit is not None)
     return f"--{name} does not take '{value}'. It takes {kind}, for example {flags[name].default!r}."
 
 

@@ -276,7 +276,8 @@ def _resolve(path: Path) -> Path:
     metas = {step: _read_meta(directory / str(step)) for step in _complete_steps(directory)}
     finite = [step for step, meta in metas.items() if meta.get("finite", True)]
     if not finite:
-        given = "holds no complete checkpoint" if path.is_dir() else "does not exist"
+        there = "holds no complete checkpoint" if path.is_dir() else "is no folder"
+        given = there if path.exists() else "does not exist"
         raise UserError(
             f"{path} {given}. Possible: a workdir, its folder checkpoints, or one step in it. Give one of these, "
             "or train first."
