@@ -83,18 +83,5 @@ class HeadLinear(nn.Module):
         return y + bias.reshape(1, self.num_heads, 1, head)
 
 
-def layer_norm(eps: float, dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
-    """Layer normalisation with float32 statistics; `eps` differs per component, so it has no default."""
-    return nn.LayerNorm(
-        epsilon=eps,
-        dtype=dtype,
-        # Two passes over x: E[x^2] - E[x]^2 loses digits that parity with PyTorch needs.
-        use_fast_variance=False,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)),
-        name=name,
-    )
-
-
 def _bias_axis(axis: str | None) -> str | None:
     return "norm" if axis == "embed" else axis

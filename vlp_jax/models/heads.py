@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from vlp_jax.layers.activation import gelu
-from vlp_jax.layers.linear import Linear, layer_norm
+from vlp_jax.layers.linear import Linear
+from vlp_jax.layers.norm import LayerNorm
 from vlp_jax.types import Array
 
 
@@ -33,14 +34,15 @@ class TokenPredictor(nn.Module):
 
     outputs: int
     eps: float = 1e-12
+    gelu: str = "exact"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch slot width"]) -> Float[Array, "batch slot output"]:
         """Maps features to float32 logits."""
         # The transform keeps its output whole: the norm that follows needs every unit of it.
-        y = gelu(Linear(x.shape[-1], ("embed", None), self.dtype, name="dense")(x))
-        y = layer_norm(self.eps, self.dtype, name="norm")(y)
+        y = gelu(Linear(x.shape[-1], ("embed", None), self.dtype, name="dense")(x), self.gelu)
+        y = LayerNorm(self.eps, self.dtype, name="norm")(y)
         logits = Linear(self.outputs, ("embed", "vocab"), self.dtype, name="decoder")(y)
         return nn.with_logical_constraint(logits, ("batch", "token", "act_vocab")).astype(jnp.float32)
 

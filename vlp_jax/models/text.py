@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from vlp_jax.layers.linear import layer_norm, normal
+from vlp_jax.layers.embedding import lookup
+from vlp_jax.layers.linear import normal
+from vlp_jax.layers.norm import LayerNorm
 from vlp_jax.types import Array
 
 
@@ -33,12 +34,11 @@ class TextEmbedder(nn.Module):
         self.word = self.param("word", table, (self.vocab_size, self.width))
         self.position = self.param("position", small, (self.length, self.width))
         self.segment = self.param("segment", small, (self.segments, self.width))
-        self.norm = layer_norm(self.eps, self.dtype)
+        self.norm = LayerNorm(self.eps, self.dtype)
 
     def __call__(self, text_ids: Int[Array, "batch text"]) -> Float[Array, "batch text width"]:
         """Embeds ids of at most `length` pieces."""
-        word = self.word[text_ids]
-        word = jnp.where((text_ids == self.pad_id)[..., None], jax.lax.stop_gradient(word), word)
+        word = lookup(self.word, text_ids, self.pad_id)
         place = self.position[: text_ids.shape[1]] + self.segment[:1]
         x = self.norm(word + place[None])
         return nn.with_logical_constraint(x, ("batch", "token", "act_embed"))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from vlp_jax.layers.activation import GELUS
 from vlp_jax.models.fusion import MergedAttention
 from vlp_jax.models.heads import Classifier, Pooler, TokenPredictor
 from vlp_jax.models.patch import PatchEmbedder
@@ -20,7 +21,7 @@ from vlp_jax.objectives.classification import accuracy, cross_entropy
 from vlp_jax.objectives.matching import exchange
 from vlp_jax.objectives.transport import alignable_text, cosine_cost, transport_plan, word_patch_alignment
 from vlp_jax.systems import base
-from vlp_jax.types import Array, Batch, Extra, Key, LossOut, Params, Term
+from vlp_jax.types import Array, Batch, Extra, Key, LossOut, Params, Term, UserError, closest
 
 Features = Mapping[str, Array]  # "text", "text_mask", "image", "image_mask"
 
@@ -37,13 +38,19 @@ class Vilt(nn.Module):
         patch = m.patch_embed
         self.patch_embed = PatchEmbedder(patch.patch_size, patch.grid, m.width, self.masked_patches, dtype)
         self.fusion = MergedAttention(
-            **m.fusion, modalities=m.modalities, dropout=m.dropout, dtype=dtype, unroll=m.unroll
+            **m.fusion,
+            modalities=m.modalities,
+            dropout=m.dropout,
+            dtype=dtype,
+            unroll=m.unroll,
+            gelu=m.gelu,
+            token_multiple=m.token_multiple,
         )
         self.pooler = Pooler(dtype)
-        self.mlm_head = TokenPredictor(m.text_embed.vocab_size, dtype=dtype)
+        self.mlm_head = TokenPredictor(m.text_embed.vocab_size, gelu=m.gelu, dtype=dtype)
         self.itm_head = Classifier(2, dtype)
         if self.masked_patches:
-            self.mpp_head = TokenPredictor(3 * 256, dtype=dtype)
+            self.mpp_head = TokenPredictor(3 * 256, gelu=m.gelu, dtype=dtype)
 
     def encode_text(self, text_ids: Array, text_mask: Array) -> Features:
         """Embeds word pieces."""
@@ -84,19 +91,21 @@ class Vilt(nn.Module):
     def pretrain(self, batch: Batch, key: Key, active: tuple[str, ...]) -> dict[str, tuple[Features, Batch]]:
         """One forward of all views of the batch, interleaved: name of the view -> what its objectives need."""
         plain = self.encode_image(batch)
-        views = {}
+        # Name -> ids, their mask, features of the picture. All texts are embedded at once: one gradient of the table.
+        views: dict[str, tuple[Array, Array, Features]] = {}
         if "mlm" in active:
             names = ("text_ids", "mlm_positions", "mlm_inputs", "mlm_labels")
             corrupted = masking.corrupted_text(*(batch[name] for name in names))
-            views["masked"] = self.encode_text(corrupted, batch["text_mask"]) | plain
+            views["masked"] = corrupted, batch["text_mask"], plain
         if "itm" in active or "wpa" in active:
-            views["pairs"] = self.encode_text(batch["pair_text_ids"], batch["pair_text_mask"]) | plain
+            views["pairs"] = batch["pair_text_ids"], batch["pair_text_mask"], plain
         if "mpp" in active:
             chosen, hidden = masking.patch_mask(key, batch["patch_mask"])
             batch = {**batch, "mpp_labels": masking.patch_color_bins(batch["patches"], chosen)}
-            text = self.encode_text(batch["text_ids"], batch["text_mask"])
-            views["patches"] = text | self.encode_image(batch, hidden)
-        fused = self.fuse(base.interleave_features(list(views.values())), train=True)
+            views["patches"] = batch["text_ids"], batch["text_mask"], self.encode_image(batch, hidden)
+        ids, masks, images = map(list, zip(*views.values(), strict=True))
+        text = self.encode_text(base.interleave(ids), base.interleave(masks))
+        fused = self.fuse(text | base.interleave_features(images), train=True)
         parts = enumerate(views)
         return {n: ({k: base.part(v, i, len(views)) for k, v in fused.items()}, batch) for i, n in parts}
 
@@ -109,6 +118,11 @@ def resolve(config: ConfigDict, facts: Mapping[str, Any]) -> ConfigDict:
     wanted |= {"text_embed.vocab_size": "vocab_size", "text_embed.pad_id": "pad_id"}
     config = base.fill_unknown(config, known, {f"model.{ours}": fact for ours, fact in wanted.items()})
     base.divisible(config)
+    if config.model.gelu not in GELUS:
+        raise UserError(
+            f"unknown config.model.gelu {config.model.gelu!r}.{closest(config.model.gelu, GELUS)} "
+            f"Possible: {', '.join(GELUS)}."
+        )
     if config.model.patch_embed.grid == -1:
         # A larger picture may be read with a smaller learned grid, so this one is filled but never compared.
         config.model.patch_embed.grid = data.image_size // data.patch_size
