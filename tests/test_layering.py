@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "data": ("data", "files", "types"),
     "training": ("training", "systems.base", "parallel", "files", "types"),
     "evaluation": ("evaluation", "systems.base", "parallel", "files", "types", "data.text", "data.image"),
-    "planning": ("planning", "systems.base", "parallel", "types"),
+    "planning": ("planning", "training", "systems.base", "parallel", "files", "types"),
     "convert": ("convert", "systems", "parallel", "types"),
 }
 

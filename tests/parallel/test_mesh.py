@@ -77,9 +77,11 @@ def test_every_rule_names_an_axis_that_there_is():
 
 
 def test_processes_need_a_coordinator_and_a_number():
-    with pytest.raises(UserError, match="from 0 to 3"):
-        processes.start(parallel(processes=4), "")
-    with pytest.raises(UserError, match="process 4"):
-        processes.start(parallel(processes=4, coordinator="localhost:1", process=4), "")
-    assert processes.start(parallel(), "") == {"host": 0, "hosts": 1}
+    with pytest.raises(UserError, match="from 0 to 3"), processes.joined(parallel(processes=4)):
+        pass
+    beyond = parallel(processes=4, coordinator="localhost:1", process=4)
+    with pytest.raises(UserError, match="process 4"), processes.joined(beyond):
+        pass
+    with processes.joined(parallel()) as host:
+        assert host == {"host": 0, "hosts": 1}
     assert jax.process_count() == 1

@@ -24,6 +24,16 @@ def make_mesh(parallel: ConfigDict, devices: Sequence[jax.Device] | None = None)
         UserError: the shape does not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(parallel, len(devices))
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_shape(parallel: ConfigDict, count: int) -> tuple[int, ...]:
+    """How many of `count` devices lie along data, fsdp and tensor; -1 takes what the others leave.
+
+    Raises:
+        UserError: the shape does not fit the number of devices.
+    """
     rules(parallel.rules)
     shape = tuple(parallel.mesh) or MESHES[parallel.rules]
     fixed = math.prod(n for n in shape if n != -1)
@@ -32,18 +42,18 @@ def make_mesh(parallel: ConfigDict, devices: Sequence[jax.Device] | None = None)
             f"config.parallel.mesh {shape} is not three sizes (data, fsdp, tensor) with at most one -1. "
             "Give three, for example (-1, 1, 1), or () for the preset's."
         )
-    if fixed > len(devices) and not parallel.mesh:
+    if fixed > count and not parallel.mesh:
         raise UserError(
-            f"config.parallel.rules {parallel.rules!r} needs at least {fixed} devices, but there are {len(devices)}. "
+            f"config.parallel.rules {parallel.rules!r} needs at least {fixed} devices, but there are {count}. "
             "Use 'dp', or more devices."
         )
-    shape = tuple(len(devices) // fixed if n == -1 else n for n in shape)
-    if math.prod(shape) != len(devices):
+    shape = tuple(count // fixed if n == -1 else n for n in shape)
+    if math.prod(shape) != count:
         raise UserError(
             f"config.parallel.mesh {shape} needs {math.prod(shape)} devices along {MESH_AXES}, but there are "
-            f"{len(devices)}. Choose sizes whose product is {len(devices)}."
+            f"{count}. Choose sizes whose product is {count}."
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return shape
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
