@@ -67,4 +67,4 @@ class Dropout(nn.Module):
             return x
         keep = keep_mask(self.make_rng("dropout"), self.rate, x.shape)
         # Scaled in float32: 1 / 0.9 in bfloat16 is 0.16 % too small, and it compounds from layer to layer.
-        return jnp.where(keep, x.astype(jnp.float32) / (1.0 - self.rate), 0.0).astype(x.dtype)
+        return jnp.where(keep, x.astype(jnp.float32) * (1.0 / (1.0 - self.rate)), 0.0).astype(x.dtype)
