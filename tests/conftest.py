@@ -28,8 +28,8 @@ REALDATA = REPOSITORY.parent / "shared" / "realdata"
 # What a skip's reason contains -> the one line for the whole group, and the variable under which it must not skip.
 GROUPS = {
     r"needs \.\./shared": ("needs ../shared, which lies beside the project's own checkouts only", "CI"),
-    r"could not import '(torch|transformers|safetensors)\b": (
-        "needs torch and transformers: bash tests/run.sh --oracle",
+    r"could not import '(torch|transformers|safetensors|libtpu)\b": (
+        "needs torch, transformers or libtpu: bash tests/run.sh --oracle",
         "VLP_JAX_ORACLE",
     ),
 }

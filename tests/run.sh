@@ -10,8 +10,9 @@ Makes .environment-tests/ and runs the fast lane, then the default one. PYTEST A
 from the repository's root: bash tests/run.sh tests/data -k order
 
   --fast     the fast lane only: under 5 minutes on two cores
-  --learn    the learning lane only: trains until it has learnt; one process, up to an hour
-  --oracle   installs torch and transformers, which some tests compare with, and fails where such a test skips
+  --learn    the learning lane only: trains until it has learnt, compiles for a pod; one process, up to an hour
+  --oracle   installs torch and transformers, which some tests compare with, and libtpu, by which some compile (2 GB),
+             and fails where such a test skips
 TEXT
 }
 
@@ -23,8 +24,8 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) usage && exit 0 ;;
         --fast) lanes=("$fast") ;;
-        --learn) lanes=("learn") && workers=0 ;;
-        --oracle) requirements+=(requirements-oracle.txt) && export VLP_JAX_ORACLE=1 ;;
+        --learn) lanes=("learn") && workers=0 && requirements+=(requirements-tpu.txt) ;;
+        --oracle) requirements+=(requirements-oracle.txt requirements-tpu.txt) && export VLP_JAX_ORACLE=1 ;;
         *) break ;;
     esac
     shift

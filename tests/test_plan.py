@@ -17,7 +17,7 @@ from vlp_jax import cli, plan
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 TINY = ("--config=configs/vilt.py:variant=tiny,smoke", "--topology=v5e:2x4", "--pairs_per_chip=2")
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -r requirements-tpu.txt"
+    importlib.util.find_spec("libtpu") is None, reason="could not import 'libtpu'"
 )
 
 
@@ -25,12 +25,14 @@ def call(*argv: str) -> int:
     return cli.run(plan.main, plan.define, usage=plan.__doc__, argv=argv)
 
 
-def run(*argv: str, code: int = 0, **environment: str) -> tuple[str, str]:
+def run(*argv: str, code: int = 0, timeout: int = 600, **environment: str) -> tuple[str, str]:
     """Standard output and error of the program in a process of its own."""
     # The fast lane's switch would make the compiled program another one.
     variables = {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"} | environment
     command = [sys.executable, "-m", "vlp_jax.plan", *argv]
-    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=timeout
+    )
     assert done.returncode == code, done.stderr
     return done.stdout, done.stderr
 
@@ -117,3 +119,15 @@ def test_what_does_not_fit_is_a_report_and_advice():
     printed, errors = run(*TINY, "--pairs_per_chip=40000", code=2)
     assert "DOES NOT FIT" in printed and "of 15.75 GiB" in printed
     assert "--pairs_per_chip=" in errors and "Traceback" not in errors
+
+
+@pytest.mark.learn
+@needs_libtpu
+def test_vilt_b32_on_a_pod_is_what_the_readme_says(tmp_path):
+    argv = ["--config=configs/vilt.py:variant=b32", "--topology=v5e:16x16", "--pairs_per_chip=16"]
+    run(*argv, f"--json={tmp_path}/plan.json", timeout=3000)
+    found = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    memory = found["memory_bytes_per_device"]
+    assert memory["arguments"] + memory["temporaries"] + memory["results"] <= 9 * 2**30
+    assert 0.40 <= found["mfu_computed"] < 1 and found["mfu_useful"] >= 0.38
+    assert not [row for row in found["collectives"] if row["contents"] == "activations"], found["collectives"]

@@ -7,7 +7,6 @@ fresh `FlagValues` made inside `run`, so that importing a main defines nothing.
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import logging
 import os
@@ -26,13 +25,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import flags as absl_flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
-from vlp_jax.types import Stop, UserError, closest  # noqa: E402
+from vlp_jax.types import ENVIRONMENT, Stop, UserError, closest, exit_code  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent  # the folder that holds configs/
-ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
-ENVIRONMENT |= {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}  # the path is something else
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a tuple"}
-USER_FAULT, OUR_FAULT, INTERRUPTED = 2, 1, 130
 
 
 def run(
@@ -68,23 +64,17 @@ def run(
             return 0
         main(flags, *_parse(flags, argv, arguments))
         return 0
-    except UserError as error:
-        return _say(str(error), USER_FAULT)
-    except Stop as stop:
-        return _say(str(stop), stop.code)
-    except KeyboardInterrupt:
-        return _say("Interrupted.", INTERRUPTED)
-    except OSError as error:
-        if error.errno in ENVIRONMENT:
+    except (UserError, Stop) as error:
+        return _say(str(error), exit_code(error))
+    except KeyboardInterrupt as error:
+        return _say("Interrupted.", exit_code(error))
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in ENVIRONMENT:
             where = f": {error.filename}" if error.filename else ""
-            return _say(
-                f"{error.strerror}{where}. Free or choose another place, and start again.", USER_FAULT
-            )
+            message = f"{error.strerror}{where}. Free or choose another place, and start again."
+            return _say(message, exit_code(error))
         traceback.print_exc()
-        return OUR_FAULT
-    except Exception:
-        traceback.print_exc()
-        return OUR_FAULT
+        return exit_code(error)
 
 
 def define_config(flags: absl_flags.FlagValues, default: str = "") -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m vlp_jax.evaluate --workdir=RUN | --checkpoint=CKPT [--data=DATA_DIR] [--target=DIR]
+"""python -m vlp_jax.evaluate --workdir=RUN | --checkpoint=CKPT [--averages] [--data=DATA_DIR] [--target=DIR]
 
 Scores a trained system on this machine's devices and writes evaluation.json and report.html.
 """
@@ -24,29 +24,29 @@ def define(flags: absl_flags.FlagValues) -> None:
     """The flags of this main."""
     for name, text in FLAGS.items():
         absl_flags.DEFINE_string(name, "", text, flag_values=flags)
+    absl_flags.DEFINE_bool("averages", False, "score the moving averages (config.ema)", flag_values=flags)
 
 
 def main(flags: absl_flags.FlagValues) -> None:
     """Puts checkpoint, data, mesh and tasks together."""
-    from vlp_jax.evaluation import full, report
+    from vlp_jax.evaluation import full, oracle, report
 
     places = full.find(flags.workdir, flags.checkpoint, flags.target)
     from vlp_jax import systems
     from vlp_jax.data import datasets, pipeline, source, spec
-    from vlp_jax.evaluation.oracle import Knowledge
     from vlp_jax.parallel import mesh, processes
     from vlp_jax.training import checkpoint
 
-    params, meta, _ = checkpoint.open_for_inference(places.checkpoint)
+    params, meta, _ = checkpoint.open_for_inference(places.checkpoint, flags.averages)
     config = full.local_config(meta["config"], flags.data, cli.load_config("common"))
-    processes.start(config.parallel, config.compilation_cache)
+    processes.use_cache(config.compilation_cache)
     devices, wanted, facts = mesh.make_mesh(config.parallel), config.evaluation, pipeline.facts(config)
     full.check_vocabulary(meta.get("facts", {}), facts)
     system = systems.build(config, facts)
     expected = spec.spec(pipeline.evaluation_config(config), wanted.batch_size)
     params = full.put(config, system, params, expected, devices)
     sources = [opened for _, opened, _ in source.open_sources(config.data.dir, wanted.split)]
-    knowledge = Knowledge(sources, [datasets.get(opened.manifest["dataset"]) for opened in sources])
+    knowledge = oracle.Knowledge(sources, [datasets.get(opened.manifest["dataset"]) for opened in sources])
     batches = pipeline.evaluation_batches(
         config, split=wanted.split, batch_size=wanted.batch_size, examples=wanted.examples
     )

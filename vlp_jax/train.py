@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m vlp_jax.train --config=configs/vilt.py:variant=b32 --config.data.dir=DATA --workdir=RUN
 
-Trains to config.train.steps; the same command again resumes. A pod runs it once a host.
+Trains to config.train.steps; the same command again resumes. On several hosts: once a host, with
+--config.parallel.coordinator=HOST:PORT --config.parallel.processes=N --config.parallel.process=0 (... N-1).
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ def main(flags: absl_flags.FlagValues) -> None:
 
     config = flags.config
     limits.check(config)
-    host = processes.start(config.parallel, config.compilation_cache)
-    facts = pipeline.facts(config)
-    module = systems.get(config.system)
-    config = module.resolve(config, facts)
-    mesh = meshes.make_mesh(config.parallel)
-    examples = functools.partial(pipeline.evaluation_batches, config, **host)
-    with workdir.open_workdir(Path(flags.workdir), config, facts["manifest_sha256"]) as folder:
-        system = module.build(config)
-        inputs = loop.Inputs(
-            batches=lambda start: pipeline.batches(config, split=config.data.split, start=start, **host),
-            spec=spec.spec(config, config.train.batch_size),
-            evaluate=quick.evaluator(config, system, facts["visual_ids"], mesh, examples),
-            assets={Path(facts["vocabulary_path"]).name: Path(facts["vocabulary_path"]).read_bytes()},
-            meta={"config": config.to_dict(), "facts": facts},
-        )
-        loop.run(config, system, inputs, folder, mesh)
+    with processes.joined(config.parallel, config.compilation_cache) as host:
+        facts = pipeline.facts(config)
+        module = systems.get(config.system)
+        config = module.resolve(config, facts)
+        mesh = meshes.make_mesh(config.parallel)
+        examples = functools.partial(pipeline.evaluation_batches, config, **host)
+        with workdir.open_workdir(flags.workdir, config, facts["manifest_sha256"]) as folder:
+            system = module.build(config)
+            inputs = loop.Inputs(
+                batches=lambda start: pipeline.batches(config, split=config.data.split, start=start, **host),
+                spec=spec.spec(config, config.train.batch_size),
+                evaluate=quick.evaluator(config, system, facts["visual_ids"], mesh, examples),
+                assets={Path(facts["vocabulary_path"]).name: Path(facts["vocabulary_path"]).read_bytes()},
+                meta={"config": config.to_dict(), "facts": facts},
+            )
+            loop.run(config, system, inputs, folder, mesh)
 
 
 if __name__ == "__main__":

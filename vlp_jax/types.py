@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,15 @@ Key = jax.Array  # a typed PRNG key, `jax.random.key(seed)`
 Batch = Mapping[str, Any]  # key -> array, see vlp_jax/data/spec.py
 Params = Mapping[str, Any]  # nested plain dicts of arrays
 Extra = Mapping[str, Any]  # what is neither parameter nor optimizer state (queues, "ema"); {} for most
+
+
+# What the user can mend: no room, no permission, a bad disk, a path that is something else.
+ENVIRONMENT = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+        *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    }
+)
 
 
 class UserError(Exception):
@@ -38,6 +48,16 @@ class Stop(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def exit_code(error: BaseException) -> int:
+    """What a main exits with when this exception ends it: 2 the user's input or environment, 1 ours."""
+    if isinstance(error, Stop):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    theirs = isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in ENVIRONMENT)
+    return 2 if theirs else 1
 
 
 @jax.tree_util.register_dataclass

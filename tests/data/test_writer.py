@@ -270,7 +270,7 @@ def test_a_full_disk_is_one_message_and_the_next_run_goes_on(undisturbed, folder
 def test_a_shard_that_lost_records_is_an_error(folder, tmp_path, monkeypatch):
     whole = shards._check_shard
     monkeypatch.setattr(shards, "_check_shard", lambda path, records: whole(path, records + 1))
-    with pytest.raises(OSError, match="2 records of 3 were written"):
+    with pytest.raises(UserError, match="2 records of 3 were written"):
         prepare(folder, tmp_path)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -205,6 +206,19 @@ def test_open_for_inference_takes_a_workdir_its_checkpoints_or_a_step(two_steps,
         checkpoint.open_for_inference(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.open_for_inference(tmp_path / "gone")
+
+
+def test_averages_stand_in_for_the_parameters_that_have_them(tmp_path):
+    keeper = keeper_of(tmp_path)
+    keeper.save(1, make_state(1), META, {}, {})
+    keeper.save(2, dataclasses.replace(make_state(2), ema={}), META, {}, {})
+    keeper.close()
+    params, meta, _ = checkpoint.open_for_inference(tmp_path / "1", averages=True)
+    np.testing.assert_array_equal(params["body"]["kernel"], make_state(1).ema["body"]["kernel"])
+    np.testing.assert_array_equal(params["body"]["bias"], make_state(1).params["body"]["bias"])
+    assert meta["averages"] and not checkpoint.open_for_inference(tmp_path / "1")[1]["averages"]
+    with pytest.raises(UserError, match="holds no moving averages"):
+        checkpoint.open_for_inference(tmp_path, averages=True)
 
 
 def test_parameters_of_another_shape_are_reported_on_both_sides(two_steps):

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlp_jax import files
 from vlp_jax.data import image, order
-from vlp_jax.data.source import AGAIN, Source, read_manifest
+from vlp_jax.data.source import AGAIN, Source, read_manifest, stored
 from vlp_jax.data.text import Vocabulary
 from vlp_jax.types import UserError
 
@@ -62,9 +62,8 @@ def examine(
 
 
 def _digests(directory: Path, manifest: dict) -> list[str]:
-    shards = [shard for split in manifest["splits"].values() for shard in [*split["shards"], split["index"]]]
     problems = []
-    for entry in [*shards, manifest["vocabulary"]]:
+    for entry in [*stored(manifest), manifest["vocabulary"]]:
         path = directory / entry["file"]
         if not path.is_file():
             problems.append(f"{path} is missing. {AGAIN}")

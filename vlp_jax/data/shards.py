@@ -12,17 +12,7 @@ from pathlib import Path
 
 from vlp_jax.data.datasets import Dropped, get
 from vlp_jax.files import digest, save
-
-# What the user can mend: no space, no permission, a wrong place.
-PLACE_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-}
+from vlp_jax.types import ENVIRONMENT
 
 
 def write_shard(job: tuple[str, str, dict, str, int, int, str]) -> dict:
@@ -77,7 +67,7 @@ def _record_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except RuntimeError as error:
-        for number in sorted(PLACE_ERRORS):
+        for number in sorted(ENVIRONMENT):
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number), str(path)) from error
         raise

@@ -58,6 +58,11 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     return manifest, hashlib.sha256(content).hexdigest()
 
 
+def stored(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns what a manifest says of each shard and index: "file", "bytes", "sha256" and more."""
+    return [one for split in manifest["splits"].values() for one in [*split["shards"], split["index"]]]
+
+
 class Source:
     """One split of a prepared directory.
 

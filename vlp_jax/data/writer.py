@@ -24,10 +24,10 @@ from types import ModuleType
 
 import numpy as np
 
-from vlp_jax.data.shards import PLACE_ERRORS, write_shard
-from vlp_jax.data.source import MANIFEST
+from vlp_jax.data.shards import write_shard
+from vlp_jax.data.source import MANIFEST, stored
 from vlp_jax.files import digest, save
-from vlp_jax.types import UserError
+from vlp_jax.types import ENVIRONMENT, UserError
 
 UNFINISHED = "unfinished"
 RAW = "raw"
@@ -142,7 +142,7 @@ def _place(target: Path) -> Iterator[None]:
         _lock(handle, target)
         yield
     except OSError as error:
-        if error.errno not in PLACE_ERRORS:
+        if error.errno not in ENVIRONMENT:
             raise
         raise _unwritable(target, error) from error
     finally:
@@ -178,7 +178,7 @@ def _prepared(order: _Order, overwrite: bool) -> dict | None:
         manifest = json.loads(path.read_bytes())
         there = {key: manifest[key] for key in order.identity}
         there["vocabulary"] = manifest["vocabulary"]["origin"]
-        bad = [one["file"] for one in _files(manifest) if _size(order.target / one["file"]) != one["bytes"]]
+        bad = [one["file"] for one in stored(manifest) if _size(order.target / one["file"]) != one["bytes"]]
     except (ValueError, KeyError, TypeError) as error:
         bad, other = [], f"its {MANIFEST} does not read ({type(error).__name__}: {error})"
     else:
@@ -193,10 +193,6 @@ def _prepared(order: _Order, overwrite: bool) -> dict | None:
             "--overwrite to replace it."
         )
     return None
-
-
-def _files(manifest: dict) -> list[dict]:
-    return [one for split in manifest["splits"].values() for one in [*split["shards"], split["index"]]]
 
 
 def _change(key: str, there: object, wanted: object) -> str:
@@ -336,7 +332,7 @@ def _install(folder: Path, target: Path, manifest: dict) -> None:
         path.unlink()
     for path in (target / "vocab.txt", target / "vocabulary.model"):
         path.unlink(missing_ok=True)
-    wanted = {one["file"] for one in _files(manifest)} | {manifest["vocabulary"]["file"]}
+    wanted = {one["file"] for one in stored(manifest)} | {manifest["vocabulary"]["file"]}
     for path in sorted(folder.iterdir()):
         if path.name in wanted | {"dataset_info.json", "features.json"}:
             path.rename(target / path.name)

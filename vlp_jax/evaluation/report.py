@@ -147,7 +147,8 @@ def run_facts(
     devices = jax.devices()
     return {
         "System": f"{config.system}, variant {config.variant}: {found.parameters / 1e6:.2f} million parameters",
-        "Trained": f"{meta.get('step', 0):,} steps of {train.batch_size} pairs, seed {config.seed}",
+        "Trained": f"{meta.get('step', 0):,} steps of {train.batch_size} pairs, seed {config.seed}"
+        + (", averages of the parameters" if meta.get("averages") else ""),
         "Training speed": f"{np.median(speeds):,.0f} pairs a second" if speeds else "not known",
         "Objectives": ", ".join(objectives),
         "Optimizer": f"AdamW, learning rate {config.optimizer.lr:g}, decay {config.optimizer.weight_decay:g}",

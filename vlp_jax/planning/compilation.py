@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +30,7 @@ from vlp_jax.training.step import make_train_step
 from vlp_jax.types import Batch, UserError
 
 # Without these libtpu asks a metadata server who it is, complains about the answer, and locks out a second process.
-_QUIET = {
+QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -109,13 +109,23 @@ def compile_step(config: ConfigDict, module: ModuleType, spec: Batch, where: chi
         OutOfMemory: the step does not fit on the chip.
         UserError: libtpu is not installed, does not know the slice, or crashes.
     """
+    return call(where, _compile_step, config.to_dict(), module.__name__, spec, where)
+
+
+def call(where: chips.Slice, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns `function(*arguments)`, computed in a process of its own, in which it may compile for `where`.
+
+    Raises:
+        UserError: libtpu is not installed or crashes.
+        What the function raises.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "the TPU compiler, libtpu, is not installed; it comes for Linux on x86-64 only. "
             "Run: pip install -r requirements-tpu.txt, or give --compile=false for what is known without it."
         )
     try:
-        return apart.call(_compile_step, config.to_dict(), module.__name__, spec, where)
+        return apart.call(function, *arguments)
     except apart.Crash as crash:
         raise UserError(
             f"libtpu {version()} crashed while it compiled for {where.name} (exit code {crash.code}). That is a fault "
@@ -126,12 +136,9 @@ def compile_step(config: ConfigDict, module: ModuleType, spec: Batch, where: chi
 
 def _compile_step(values: dict[str, Any], module: str, spec: Batch, where: chips.Slice) -> Compiled:
     """`compile_step` within its own process."""
-    jax.config.update("jax_platforms", "cpu")
-    # A plan compiles anew, so that its time is true and the cache of runs stays small.
-    jax.config.update("jax_enable_compilation_cache", False)
     config = ConfigDict(values)
     system = importlib.import_module(module).build(config)
-    mesh = meshes.make_mesh(config.parallel, _devices(where))
+    mesh = meshes.make_mesh(config.parallel, devices(where))
     optimizer = optimizers.make(config.optimizer, config.train.steps)
     state = target(config, system, spec, mesh)
     sharding = meshes.batch_sharding(mesh)
@@ -142,11 +149,19 @@ def _compile_step(values: dict[str, Any], module: str, spec: Batch, where: chips
         out_shardings=(shard.shardings(state), shard.replicated(mesh)),
     )
     with shard.context(mesh, config.parallel.rules):
-        return _compiled(step.lower(state, batch))
+        return compiled(step.lower(state, batch))
 
 
-def _devices(where: chips.Slice) -> Sequence[jax.Device]:
-    for name, value in _QUIET.items():
+def devices(where: chips.Slice) -> Sequence[jax.Device]:
+    """The devices of a slice, only described; to be called within `call`.
+
+    Raises:
+        UserError: libtpu does not know the slice.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    # A plan compiles anew, so that its time is true and the cache of runs stays small.
+    jax.config.update("jax_enable_compilation_cache", False)
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     options = dict(where.generation.options)
     if where.name.endswith(":1x1"):
@@ -160,7 +175,12 @@ def _devices(where: chips.Slice) -> Sequence[jax.Device]:
         ) from error
 
 
-def _compiled(lowered: jax.stages.Lowered) -> Compiled:
+def compiled(lowered: jax.stages.Lowered) -> Compiled:
+    """Compiles what was lowered for described devices.
+
+    Raises:
+        OutOfMemory: it does not fit.
+    """
     begun = time.perf_counter()
     try:
         program = lowered.compile()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -33,9 +32,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vlp_jax.files import save
-from vlp_jax.types import Params, UserError
+from vlp_jax.parallel import processes
+from vlp_jax.training.paths import flatten, nest
+from vlp_jax.types import ENVIRONMENT, Params, UserError
 
-ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 BARRIER_SECONDS = 600  # how long a process waits for the others at a commit
 
 
@@ -80,6 +80,7 @@ class Checkpointer:
             return False
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items["meta"] = ocp.args.JsonSave({**meta, "step": step, "metrics": dict(metrics)})
+        processes.meet("save")  # orbax's own meetings are collectives
         with self._explaining(path):
             self._prepare(path)
             self._orbax.save(path, args=ocp.args.Composite(**items))
@@ -163,9 +164,9 @@ class Checkpointer:
             if jax.process_index() == 0:
                 (path / "assets").mkdir()
                 for name, content in assets.items():
-                    content = content.encode() if isinstance(content, str) else content
-                    (path / "assets" / name).write_bytes(content)
+                    save(path / "assets" / name, content)
             _write_digests(path)
+            processes.meet("digests")  # complete only now
             if jax.process_index() == 0:
                 self._delete_old()
 
@@ -231,31 +232,45 @@ def restore_params(path: str | Path, abstract_params: Params | None = None) -> P
     """
     path = _resolve(Path(path))
     _verify(path, ("params", "meta"))
-    handler = ocp.PyTreeCheckpointHandler()
-    if abstract_params is not None:
-        _check_tree(path, "params", abstract_params)
-        with ocp.StandardCheckpointer() as orbax:
-            return orbax.restore(path / "params", abstract_params)
-    wanted = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path / "params").tree
-    )
-    with ocp.Checkpointer(handler) as orbax:
-        return orbax.restore(path / "params", args=ocp.args.PyTreeRestore(restore_args=wanted))
+    if abstract_params is None:
+        return _arrays(path, "params")
+    _check_tree(path, "params", abstract_params)
+    with ocp.StandardCheckpointer() as orbax:
+        return orbax.restore(path / "params", abstract_params)
 
 
-def open_for_inference(path: str | Path) -> tuple[Params, dict[str, Any], dict[str, Path]]:
+def open_for_inference(
+    path: str | Path, averages: bool = False
+) -> tuple[Params, dict[str, Any], dict[str, Path]]:
     """Returns (parameters as nested dict of numpy arrays, meta, assets by file name) of a checkpoint.
 
     Args:
         path: as for `restore_params`.
+        averages: take the moving average in place of each parameter that has one.
 
     Raises:
-        UserError: as `restore_params`, and a missing or changed asset.
+        UserError: as `restore_params`, a missing or changed asset, or no averages where they are wanted.
     """
     path = _resolve(Path(path))
     _verify(path, ("assets",))
     params = restore_params(path)
-    return params, _read_meta(path), {file.name: file for file in sorted((path / "assets").iterdir())}
+    if averages:
+        if not (path / "ema").is_dir():
+            raise UserError(
+                f"Checkpoint {path} holds no moving averages: config.ema.decay of its run was 0. Use its parameters."
+            )
+        _verify(path, ("ema",))
+        params = nest((dict(flatten(params)) | dict(flatten(_arrays(path, "ema")))).items())
+    meta = {**_read_meta(path), "averages": averages}
+    return params, meta, {file.name: file for file in sorted((path / "assets").iterdir())}
+
+
+def _arrays(path: Path, item: str) -> Params:
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(path / item).tree
+    wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    with ocp.Checkpointer(handler) as orbax:
+        return orbax.restore(path / item, args=ocp.args.PyTreeRestore(restore_args=wanted))
 
 
 def _items(state: Any) -> dict[str, Any]:
@@ -295,11 +310,11 @@ def _complete_steps(directory: Path) -> list[int]:
 
 def _is_complete(path: Path) -> bool:
     try:
-        processes = json.loads((path / "digests.0.json").read_text())["processes"]
+        count = json.loads((path / "digests.0.json").read_text())["processes"]
     except (OSError, ValueError, KeyError):
         # A damaged digest file is found by _verify; here it only has to be there.
         return (path / "digests.0.json").is_file()
-    return all((path / f"digests.{process}.json").is_file() for process in range(processes))
+    return all((path / f"digests.{process}.json").is_file() for process in range(count))
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -317,13 +332,13 @@ def _files(path: Path) -> Iterator[str]:
 
 def _write_digests(path: Path) -> None:
     """Writes this process's part of the digests; array data is shared out, the rest is of process 0."""
-    process, processes = jax.process_index(), jax.process_count()
+    process, count = jax.process_index(), jax.process_count()
     deadline = time.monotonic() + BARRIER_SECONDS
     while not path.is_dir() and time.monotonic() < deadline:
         time.sleep(0.1)  # process 0 commits by rename; on a shared file system the others see it later
-    mine = [n for n in _files(path) if (zlib.crc32(n.encode()) % processes if "/d/" in n else 0) == process]
+    mine = [n for n in _files(path) if (zlib.crc32(n.encode()) % count if "/d/" in n else 0) == process]
     digests = dict(zip(mine, _hash_all(path, mine), strict=True))
-    save(path / f"digests.{process}.json", json.dumps({"processes": processes, "files": digests}, indent=0))
+    save(path / f"digests.{process}.json", json.dumps({"processes": count, "files": digests}, indent=0))
 
 
 def _hash_all(path: Path, names: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -81,6 +82,7 @@ def run(config: ConfigDict, system: System, inputs: Inputs, workdir: Path, mesh:
                 work.meter.waited(time.perf_counter() - waited)
                 if number == start + 1:
                     step = _compiled(step, state, batch)
+                    processes.meet("first step")
                 state, metrics = step(state, batch)
                 work.window.add(metrics)
                 watchdog.feed()
@@ -107,7 +109,9 @@ def _start(
     make = initial_state(config, system, optimizer, example)
     target = shard.abstract(make, mesh, config.parallel.rules)
     log.info("%s", optimizer.describe(target.params))
-    if (latest := checkpointer.latest()) is not None:
+    # A network file system may still show another host an older one.
+    latest = json.loads(processes.announced("newest checkpoint", json.dumps(checkpointer.latest())))
+    if latest is not None:
         state, meta = checkpointer.restore(target, latest)
         log.info("resumed from step %d", latest)
         return state, meta["window"]
@@ -142,6 +146,7 @@ class _Work:
             self.writers.write(step, {**means, **self.meter.read(self.config.train.batch_size)})
         if self.inputs.evaluate and (last or self._due(train.evaluate_every, step)):
             with self.meter.paused():
+                processes.meet("evaluation")
                 self.validation = step, self.inputs.evaluate(state.params)
             self.writers.write(step, {f"validation/{k}": v for k, v in self.validation[1].items()})
         stopping = signals.agreed(step % train.log_every == 0)

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlp_jax.files import save
+from vlp_jax.parallel import processes
 from vlp_jax.training.paths import flatten
 from vlp_jax.types import UserError
 
@@ -29,14 +31,18 @@ FREE = re.compile(
     r"|train\.(log_every|evaluate_every|max_skipped|watchdog)"
 )
 MANIFEST = "manifest_sha256"
+# What may differ between the processes of a run.
+OWN = re.compile(r"parallel\.(process|coordinator)|compilation_cache|data\.(dir|threads|prefetch)")
+VISIBLE = 90  # seconds until a file is seen by the other hosts: NFS remembers for 60 what is not there
 
 
 @contextlib.contextmanager
 def open_workdir(path: str | Path, config: ConfigDict, manifest_sha256: str) -> Iterator[Path]:
     """Makes the folder, locks it, and writes config.json; gives its absolute path.
 
-    Only process 0 does so: the others of a run share its folder. A run that ends by the user's fault before its
-    first checkpoint leaves no config.json, so that the corrected command may use the folder.
+    Only process 0 does so; the others see to it that they share its folder and were started as it was. A run that
+    ends by the user's fault before its first checkpoint leaves no config.json, so that the corrected command may use
+    the folder.
 
     Args:
         path: the folder; what is not there is made.
@@ -44,10 +50,15 @@ def open_workdir(path: str | Path, config: ConfigDict, manifest_sha256: str) -> 
         manifest_sha256: of the data, so that the same data may lie elsewhere at a restart.
 
     Raises:
-        UserError: another process holds it, or it belongs to a run of another configuration or other data.
+        UserError: another process holds it, or it belongs to a run of another configuration or other data; the
+            processes of this run differ in their settings or do not share the folder.
     """
     folder = Path(path).expanduser().absolute()
+    settings = {**json.loads(config.to_json()), MANIFEST: manifest_sha256}
+    common = {key: value for key, value in flatten(settings, ".") if not OWN.fullmatch(key)}
+    processes.agree({**common, "version of jax": jax.__version__})
     if jax.process_index() != 0:
+        _check_shared(folder)
         yield folder
         return
     try:
@@ -58,13 +69,35 @@ def open_workdir(path: str | Path, config: ConfigDict, manifest_sha256: str) -> 
         reason = error.strerror
         raise UserError(f"--workdir {folder} cannot be made: {reason}. Give a folder that can be.") from error
     with _locked(folder):
-        _claim(folder, {**json.loads(config.to_json()), MANIFEST: manifest_sha256})
+        _claim(folder, settings)
         try:
+            _check_shared(folder)
             yield folder
         except UserError:
             if not (folder / "checkpoints").exists():
                 (folder / "config.json").unlink(missing_ok=True)
             raise
+
+
+def _check_shared(folder: Path) -> None:
+    """Process 0 leaves a file, and the others look whether they find it, with the right word in it."""
+    if jax.process_count() == 1:
+        return
+    mark, first = folder / ".meeting", jax.process_index() == 0
+    word = f"{os.getpid()} on {socket.gethostname()}, {time.time_ns()}"
+    if first:
+        save(mark, word)
+    word, end = processes.announced("workdir", word), time.monotonic() + VISIBLE
+    while not (mark.is_file() and mark.read_text() == word):
+        if time.monotonic() > end:
+            raise UserError(
+                f"--workdir {folder} is not the folder of process 0: {mark.name}, which process 0 has written there, "
+                f"is not seen from here in {VISIBLE} s. Give all processes one folder on a file system that they share."
+            )
+        time.sleep(0.1)
+    processes.meet("workdir")
+    if first:
+        mark.unlink()
 
 
 @contextlib.contextmanager
