@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from vlp_jax.layers.linear import HeadLinear, gathered, normal
+from vlp_jax.layers.product import product
 from vlp_jax.types import Array
 
 
@@ -120,5 +121,4 @@ class HeadMerge(nn.Module):
             "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)), (self.features,)
         )
         kernel = gathered(kernel, axes, self.dtype).reshape(x.shape[1], x.shape[3], self.features)
-        y = jnp.einsum("bhtk,hkd->btd", x, kernel)
-        return y + bias.astype(self.dtype).reshape(1, 1, -1)
+        return product(x, kernel, bias.astype(self.dtype), "bhtk,hkd->btd")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from vlp_jax.layers.product import product
 from vlp_jax.types import Array
 
 Initializer = Callable[..., Array]
@@ -55,10 +56,12 @@ class Linear(nn.Module):
         """Maps `[..., in]` to `[..., features]`."""
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
-        y = x.astype(self.dtype) @ gathered(kernel, self.axes, self.dtype)
         bias_init = nn.with_logical_partitioning(self.bias_init, (_bias_axis(self.axes[1]),))
-        bias = self.param("bias", bias_init, (self.features,))
-        return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
+        bias = self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+        rows = "abc"[: x.ndim - 1]
+        return product(
+            x.astype(self.dtype), gathered(kernel, self.axes, self.dtype), bias, f"{rows}d,df->{rows}f"
+        )
 
 
 class HeadLinear(nn.Module):
@@ -79,8 +82,7 @@ class HeadLinear(nn.Module):
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
         bias = self.param("bias", bias_init, (self.features,)).astype(self.dtype)
         kernel = gathered(kernel, axes, self.dtype).reshape(x.shape[-1], self.num_heads, head)
-        y = jnp.einsum("btd,dhk->bhtk", x.astype(self.dtype), kernel)
-        return y + bias.reshape(1, self.num_heads, 1, head)
+        return product(x.astype(self.dtype), kernel, bias.reshape(self.num_heads, head), "btd,dhk->bhtk")
 
 
 def _bias_axis(axis: str | None) -> str | None:

@@ -7,6 +7,7 @@ Groups are regular expressions on parameter paths "a/b/kernel". Frozen parameter
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -59,15 +60,16 @@ class Optimizer:
         return {"count": jnp.zeros((), jnp.int32), "m": nest(zeros), "v": nest(zeros)}
 
     def update(
-        self, grads: Params, opt_state: OptState, params: Params, step: Array
+        self, grads: Params, opt_state: OptState, params: Params, step: Array, finite: Array | bool = True
     ) -> tuple[Params, OptState, dict[str, Array]]:
-        """One step on plain (unboxed) trees.
+        """One step on plain (unboxed) trees; without `finite` losses and gradients it leaves all as it was.
 
         The learning rate follows the global `step`; bias correction follows `count`, the number of updates
         that were really taken, so that a skipped step does not disturb it.
 
         Returns:
-            new parameters, new state, and {"lr", "grad_norm" (before clipping, without frozen parameters)}.
+            new parameters, new state, and {"lr", "grad_norm" (before clipping, without frozen parameters),
+            "finite" (whether the step was taken)}.
         """
         config = self.config
         m, v = dict(flatten(opt_state["m"])), dict(flatten(opt_state["v"]))
@@ -77,18 +79,25 @@ class Optimizer:
             # As torch.nn.utils.clip_grad_norm_, small constant included.
             scale = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
             grads = {path: g * scale for path, g in grads.items()}
-        m = {path: config.b1 * m[path] + (1 - config.b1) * g for path, g in grads.items()}
-        v = {path: config.b2 * v[path] + (1 - config.b2) * jnp.square(g) for path, g in grads.items()}
+        finite = jnp.isfinite(norm) & finite
+        # Chosen here and not at the end: the update then reads the moments that are kept, and old and new moments
+        # never exist side by side (a copy of both, and half of the time of this function on a CPU).
+        keep = functools.partial(jnp.where, finite)
+        m = {path: keep(config.b1 * m[path] + (1 - config.b1) * g, m[path]) for path, g in grads.items()}
+        v = {
+            path: keep(config.b2 * v[path] + (1 - config.b2) * jnp.square(g), v[path])
+            for path, g in grads.items()
+        }
         new = []
         for path, param in flatten(params):
             group = self.group(path)
             if not group.frozen:
                 decay = config.weight_decay if group.decayed else 0.0
                 adam = _adam(config, m[path], v[path], count)
-                param = _apply(config, param, lr * group.multiplier, adam, decay)
+                param = keep(_apply(config, param, lr * group.multiplier, adam, decay), param)
             new.append((path, param))
-        state = {"count": count, "m": nest(m.items()), "v": nest(v.items())}
-        return nest(new), state, {"lr": lr, "grad_norm": norm}
+        state = {"count": keep(count, opt_state["count"]), "m": nest(m.items()), "v": nest(v.items())}
+        return nest(new), state, {"lr": lr, "grad_norm": norm, "finite": finite}
 
     def describe(self, params: Params) -> str:
         """A table for the log: tensors and numbers a group, and how many tensors each pattern matches."""

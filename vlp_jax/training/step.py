@@ -38,19 +38,19 @@ def make_train_step(config: ConfigDict, system: System, optimizer: Any) -> Step:
         )
         total = sum(coefficients[name] * term.mean() for name, term in out.terms.items())
 
-        params, opt_state, info = optimizer.update(grads, state.opt_state, state.params, state.step)
+        params, opt_state, info = optimizer.update(
+            grads, state.opt_state, state.params, state.step, jnp.isfinite(total)
+        )
+        finite = info.pop("finite")
         ema = moving_average(state.ema, params, config.ema.decay)
         new_extra = {name: value for name, value in out.extra.items() if name != "ema"}
-        finite = jnp.isfinite(total) & jnp.isfinite(info["grad_norm"])
         kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state, ema, new_extra),
-            (state.params, state.opt_state, state.ema, state.extra),
+            lambda new, old: jnp.where(finite, new, old), (ema, new_extra), (state.ema, state.extra)
         )
         metrics = {"loss": total, "skipped": 1.0 - finite.astype(jnp.float32), **info}
         metrics |= {name: term.mean() for name, term in {**out.terms, **out.metrics}.items()}
-        new = dataclasses.replace(state, step=state.step + 1, params=kept[0], opt_state=kept[1], ema=kept[2])
-        return dataclasses.replace(new, extra=kept[3]), metrics
+        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=kept[0])
+        return dataclasses.replace(new, extra=kept[1]), metrics
 
     return step
 
