@@ -52,7 +52,14 @@ class Load:
 
     def __str__(self) -> str:
         others = "unknown" if self.others is None else f"{self.others:.2f} cores"
-        return f"load {self.before:.2f} before, {self.highest:.2f} at most; others used {others}"
+        line = f"load {self.before:.2f} before, {self.highest:.2f} at most; others used {others}"
+        # Seen: the same PyTorch step at 6.0 CPU-seconds alone and at 15.0 beside other work, ours at 7.3 and 7.5.
+        return f"{line}: DISTURBED, no ratio to quote" if self.disturbed else line
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others used more than `BUSY` cores; threads that spin for each other then burn what they wait."""
+        return self.others is not None and self.others > BUSY
 
 
 def define(flags: absl_flags.FlagValues, repeats: int) -> None:
@@ -153,7 +160,7 @@ def product_rate(size: int = 2048, tries: int = 5) -> float:
 
 def check_undisturbed(load: Load, loaded: bool) -> None:
     """Raises UserError when other processes used the machine during the measurement and `loaded` is not set."""
-    if load.others is not None and load.others > BUSY and not loaded:
+    if load.disturbed and not loaded:
         raise UserError(
             f"Other processes used {load.others:.2f} cores meanwhile; {BUSY} is the most. Nothing was recorded. Start "
             "again when the machine is idle, or give --loaded."

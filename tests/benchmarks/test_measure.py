@@ -77,6 +77,7 @@ def test_a_busy_machine_is_refused_unless_told(monkeypatch, capsys):
 
 def test_work_of_others_meanwhile_is_refused_unless_told():
     quiet, noisy = measure.Load(0.1, 2.0, 0.4), measure.Load(0.1, 2.0, 0.6)
+    assert "no ratio to quote" in str(noisy) and "no ratio" not in str(quiet)
     measure.check_undisturbed(quiet, False)
     measure.check_undisturbed(noisy, True)
     measure.check_undisturbed(measure.Load(0.1, 2.0, None), False)
