@@ -36,7 +36,7 @@ def define(flags: absl_flags.FlagValues) -> None:
 
 def main(flags: absl_flags.FlagValues) -> None:
     """Checks that the work is equal, measures, prints a table a part, and records them all or none."""
-    for part in flags.parts:
+    for part in flags.parts or [""]:
         if part not in PARTS:
             raise UserError(
                 f"--parts has no '{part}'.{closest(part, PARTS)} Possible: {', '.join(PARTS)}. Give one or both."

@@ -49,7 +49,7 @@ def define(flags: absl_flags.FlagValues) -> None:
 
 def main(flags: absl_flags.FlagValues) -> None:
     """Measures each batch size, prints a table each, and records them all or none."""
-    for batch in flags.batches:
+    for batch in flags.batches or [""]:
         if not batch.isdigit() or int(batch) < 2:
             raise UserError(f"--batches has '{batch}'. It takes whole numbers from 2 on: --batches=64,256.")
     # PyTorch needs room on the same device.

@@ -137,7 +137,7 @@ def compare(
     return timings, Load(before, highest, _others_cores(start, _others_clock()))
 
 
-def product_rate(size: int = 2048, tries: int = 5) -> float:
+def product_rate(size: int = 2048, tries: int = 20) -> float:
     """FLOPs a CPU-second of a large float32 product, the best of `tries` by PyTorch and by JAX.
 
     What consists of float32 products cannot be faster than this, whoever computes it.

@@ -98,6 +98,8 @@ def test_gpu_program_needs_a_gpu(capsys):
     "module, argument, words",
     [
         (cpu_vilt, "--parts=trian", ("'trian'", "Did you mean 'train'?")),
+        (cpu_vilt, "--parts=", ("no ''", "train, forward")),
+        (gpu_vilt, "--batches=", ("''", "--batches=64,256")),
         (cpu_vilt, "--batch=1", ("--batch", "from 2")),
         (gpu_vilt, "--batches=64,many", ("'many'", "--batches=64,256")),
     ],
