@@ -21,7 +21,7 @@ from transformers.models.vilt.modeling_vilt import ViltMLMHead
 
 from benchmarks import vilt_batch
 from tests.parity.harness import module
-from tests.parity.vilt_transformers import ROWS
+from tests.parity.vilt_transformers import BLOCKS, ROWS, set_epsilon, settings
 from vlp_jax import systems
 from vlp_jax.parallel import mesh as meshes
 from vlp_jax.parallel import shard
@@ -105,31 +105,16 @@ class Peer(torch.nn.Module):
 
     def __init__(self, config: ConfigDict) -> None:
         super().__init__()
-        model, patch = config.model, config.model.patch_embed
-        settings = transformers.ViltConfig(
-            vocab_size=model.text_embed.vocab_size,
-            max_position_embeddings=model.text_embed.length,
-            hidden_size=model.width,
-            num_hidden_layers=model.fusion.depth,
-            num_attention_heads=model.fusion.num_heads,
-            intermediate_size=model.fusion.mlp_width,
-            image_size=patch.grid * patch.patch_size,
-            patch_size=patch.patch_size,
-            pad_token_id=model.text_embed.pad_id,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
+        sizes, width = settings(config), config.model.width
         torch.manual_seed(0)
-        self.vilt = transformers.ViltModel(settings)
-        self.mlm_score = ViltMLMHead(settings)
-        self.itm_score = torch.nn.Linear(model.width, 2)
-        for name, part in self.named_modules():
-            if isinstance(part, torch.nn.LayerNorm) and name.startswith(("vilt.encoder", "vilt.layernorm")):
-                part.eps = 1e-6  # the port has 1e-12 everywhere
+        self.vilt = transformers.ViltModel(sizes)
+        self.mlm_score = ViltMLMHead(sizes)
+        self.itm_score = torch.nn.Linear(width, 2)
+        set_epsilon(self, BLOCKS, 1e-6)
         for name, parameter in self.named_parameters():
             if "norm" not in name.lower():
                 # The usual 0.02 of width 768; a toy of smaller weights would hide its parts from `check_equal`.
-                torch.nn.init.normal_(parameter, std=0.55 * model.width**-0.5)
+                torch.nn.init.normal_(parameter, std=0.55 * width**-0.5)
 
     def forward(self, text: Mapping, image: Mapping) -> torch.Tensor:
         """Matching logits `[batch, 2]`."""

@@ -50,14 +50,15 @@ LAYERS = (
     ("vilt.layernorm", "fusion/norm", "tokens"),
     ("mlm_score.transform", "mlm_head/norm", "logits"),
 )
+BLOCKS = ("vilt.encoder", "vilt.layernorm")  # whose norms have 1e-6 in the original, 1e-12 in the port
 # What feeds a norm: the embeddings, what the blocks add to the stream, and the head's transform.
 QUIET = r"embeddings|cls_token|output\.dense|transform\.dense"
 
 
-def build(config: ConfigDict, quiet: bool) -> Oracle:
-    """The port with our sizes and random weights; `quiet` streams show the epsilon of every norm."""
+def settings(config: ConfigDict) -> transformers.ViltConfig:
+    """Our sizes in the port's words; its dropout is off by default."""
     model, patch = config.model, config.model.patch_embed
-    settings = transformers.ViltConfig(
+    return transformers.ViltConfig(
         vocab_size=model.text_embed.vocab_size,
         max_position_embeddings=model.text_embed.length,
         hidden_size=model.width,
@@ -68,12 +69,14 @@ def build(config: ConfigDict, quiet: bool) -> Oracle:
         patch_size=patch.patch_size,
         pad_token_id=model.text_embed.pad_id,
     )
-    net = transformers.ViltForMaskedLM(settings).eval()
+
+
+def build(config: ConfigDict, quiet: bool) -> Oracle:
+    """The port with our sizes and random weights; `quiet` streams show the epsilon of every norm."""
+    net = transformers.ViltForMaskedLM(settings(config)).eval()
     # The port ties the decoder to the word embeddings; the original does not.
     net.mlm_score.decoder.weight = nn.Parameter(torch.zeros_like(net.mlm_score.decoder.weight))
-    for name, part in net.named_modules():
-        if name.startswith(("vilt.encoder", "vilt.layernorm")) and isinstance(part, nn.LayerNorm):
-            part.eps = 1e-6  # the port has 1e-12 everywhere
+    set_epsilon(net, BLOCKS, 1e-6)
     randomise(net, QUIET if quiet else "")
     streams = {"text": lambda x, batch: x, "tokens": aligned, "logits": slots}
     return Oracle(net, ROWS, lambda batch: forward(net, batch), FRESH, LAYERS, streams)
@@ -177,8 +180,8 @@ def padding_learns(oracle: Oracle) -> None:
     oracle.net.vilt.embeddings.text_embeddings.word_embeddings.padding_idx = None
 
 
-def set_epsilon(net: nn.Module, prefix: str, eps: float) -> None:
-    """Changes the epsilon of every norm whose name starts with `prefix`."""
+def set_epsilon(net: nn.Module, prefix: str | tuple[str, ...], eps: float) -> None:
+    """Changes the epsilon of every norm whose name starts with `prefix` or one of several."""
     for name, part in net.named_modules():
         if name.startswith(prefix) and isinstance(part, nn.LayerNorm):
             part.eps = eps
