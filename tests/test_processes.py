@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,10 @@ from vlp_jax.training.checkpoint import open_for_inference
 from vlp_jax.types import UserError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+# What gloo's own code prints, from several threads piece by piece: lines of two ranks may lie in one another.
+GLOO = re.compile(
+    r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d"
+)
 SIX = (
     "--config.train.steps=6", "--config.train.evaluate_every=3", "--config.evaluation.train_examples=24",
     "--config.checkpoint.every=3", "--config.checkpoint.keep=5",
@@ -192,7 +197,7 @@ def test_one_console_and_one_set_of_files(runs):
     base, said = runs
     (_, words, errors), (_, other_words, other_errors) = said["two"]
     assert other_errors == ""
-    assert all("[Gloo]" in line for line in (words + other_words).splitlines())  # printed by gloo itself
+    assert not GLOO.sub("", words + other_words).strip()
     assert [errors.count(f"{step}/6") for step in range(1, 7)] == [1] * 6
     assert errors.count("validation/") == 6 and errors.count("train step compiled") == 1
     assert {path.name for path in (base / "two").iterdir()} == {

@@ -26,8 +26,9 @@ class Stack(nn.Module):
     """`depth` pre-norm blocks whose parameters are stacked along a leading axis, whichever way they run.
 
     `unroll` = 1 compiles one block and loops over it (quick to compile); `unroll` = depth leaves no loop: on a
-    TPU estimated 1.4 times as fast, because a loop writes every residual to a stacked buffer. Tokens are padded
-    to a multiple of `token_multiple` and cut again: 241 of them lie badly in a TPU's tiles of 16 rows.
+    TPU estimated 1.3 times as fast, because a loop writes every residual to a stacked buffer. What lies between is
+    slower than both. Tokens are padded to a multiple of `token_multiple` and cut again: 241 of them lie badly in
+    a TPU's tiles of 16 rows.
     """
 
     depth: int

@@ -35,9 +35,7 @@ cache_events: collections.Counter = collections.Counter()  # "hit" and "miss" si
 _EVENTS = {"/jax/compilation_cache/cache_hits": "hit", "/jax/compilation_cache/cache_misses": "miss"}
 
 PATIENCE = 300  # seconds from the first process to the last at the start
-MEETING = (
-    1800  # seconds from the first to the last later on; a silent one is found before, a slow one may be slow
-)
+MEETING = 1800  # seconds from the first to the last later on; one that is silent is found before
 LOOK = 1.0  # seconds between two signs of life, and between two looks at whether another process has failed
 SILENCE = 90  # seconds without a sign of life; JAX aborts all processes without much of a message after 100
 FAREWELL = 10  # seconds that a process which ends by a failure waits for the others to end by it too
@@ -95,8 +93,8 @@ def meet(name: str) -> None:
     """Waits until all processes are here, for `MEETING` seconds at most; does nothing for a single one.
 
     Needed before whatever makes new connections between devices: gloo gives the processes 30 s for that, less than
-    they may differ in compiling (inside an operation, once connected, it waited 400 s when tried). All processes must meet under the same names in the same order, a name from one
-    thread.
+    they may differ in compiling (inside an operation, once connected, it waited 400 s when tried). All processes
+    must meet under the same names in the same order, a name from one thread.
     """
     if (client := distributed.global_state.client) is not None:
         _meetings[name] += 1
