@@ -15,7 +15,7 @@ from vlp_jax.data.source import Source
 
 
 def call(capsys, *argv):
-    code = cli.run(prepare.main, prepare.define, usage=prepare.USAGE, arguments=("DATASET",), argv=argv)
+    code = cli.run(prepare.main, prepare.define, usage=prepare.__doc__, arguments=("DATASET",), argv=argv)
     said = capsys.readouterr()
     assert "Traceback" not in said.err
     return code, said.out, said.err
@@ -73,7 +73,7 @@ def test_coco_eight_pictures_for_a_check_by_heart(capsys, tmp_path):
     [
         (
             ["sceens", "--target=x"],
-            "There is no data set 'sceens'. Did you mean 'scenes'? Possible: coco, scenes.",
+            "There is no data set 'sceens'. Did you mean 'scenes'? Possible: coco, flickr30k, folder, ",
         ),
         (["coco", "--target=x"], "--source is missing."),
         (["scenes"], "--target is missing."),

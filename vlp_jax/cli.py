@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -249,7 +250,7 @@ def _following(words: Iterator[str], flag: str) -> str:
 
 
 def _help(flags: absl_flags.FlagValues, usage: str, arguments: Sequence[str]) -> str:
-    lines = [usage.strip(), ""]
+    lines = [*usage.strip().splitlines(), ""]
     if arguments:
         lines += [f"Arguments: {' '.join(arguments)}", ""]
     lines.append("Flags:")
@@ -258,7 +259,11 @@ def _help(flags: absl_flags.FlagValues, usage: str, arguments: Sequence[str]) ->
         lines.append(f"  --{name}  {flags[name].help}{default}")
     if "config" in flags:
         lines += ["", f"Configs: {', '.join(config_names())}. Keys and their meaning: configs/common.py."]
-    return "\n".join(lines)
+    # What is given as a list of lines stays one; a long line goes on further in.
+    wrap = textwrap.TextWrapper(
+        110, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(line if len(line) <= 120 else wrap.fill(line) for line in lines)
 
 
 def _say(message: str, code: int) -> int:

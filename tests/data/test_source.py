@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.data import prepared
+from vlp_jax.data.record import parse
 from vlp_jax.data.source import Source, open_sources, parse_spec
 from vlp_jax.types import UserError
 
@@ -58,7 +59,7 @@ def test_pairs(original):
     np.testing.assert_array_equal(source.pair(record, caption), np.arange(source.pairs))
 
 
-def test_tfds_reads_the_same_bytes_as_examples(original):
+def test_tfds_reads_the_same_bytes_as_examples():
     """The light parser against TFDS's own decoder."""
     import tensorflow_datasets as tfds
 
@@ -81,11 +82,11 @@ def test_tfds_reads_the_same_bytes_as_examples(original):
         width=64,
     )
     theirs = features.deserialize_example(contents)
-    source = Source(original, "train")
-    ours = source._parse(contents, 1)
+    ours = parse(contents)
     assert ours["captions"] == [line.decode() for line in theirs["captions"].numpy()]
     assert ours["image_name"] == theirs["image_name"].numpy().decode()
     assert ours["image_key"] == theirs["image_key"].numpy() == 2**40
+    assert parse(contents, ("captions",)) == {"captions": ["a", "b ü"]}
 
 
 @pytest.mark.parametrize("offset", [1500, 21_000, 39_000])
@@ -111,7 +112,7 @@ def test_flipped_byte_names_shard_record_and_offset(directory, offset):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "shrink", "delete", "swap"])
-def test_damaged_shards_are_found_at_start(directory, damage):
+def test_damaged_shards_are_found_before_a_record_is_used(directory, damage):
     shard, other = shards(directory)
     content = shard.read_bytes()
     if damage == "truncate":
@@ -129,7 +130,7 @@ def test_damaged_shards_are_found_at_start(directory, damage):
         )
         expected = "states 37 records, its shards"
     with pytest.raises(UserError) as error:
-        Source(directory, "train")
+        Source(directory, "train").read([RECORDS - 1, 0])
     assert expected in str(error.value)
     assert (shard.name if damage != "swap" else "manifest.json") in str(error.value)
 
@@ -137,7 +138,7 @@ def test_damaged_shards_are_found_at_start(directory, damage):
 def test_damaged_index(directory):
     path = directory / "train.index.npz"
     np.savez(path, captions=np.ones(3, np.uint16), height=np.ones(3, np.uint16), width=np.ones(3, np.uint16))
-    with pytest.raises(UserError, match=r"train\.index\.npz holds \[3\] records and 3 pairs; .*37 and"):
+    with pytest.raises(UserError, match=r"train\.index\.npz is uint16\[3\]; the manifest states 37 records"):
         Source(directory, "train")
     for content in (b"", b"PK\x03\x04nonsense"):
         path.write_bytes(content)
@@ -176,13 +177,20 @@ def test_bad_splits(original):
 
 def test_mixtures(original, directory, tmp_path):
     assert [(name, len(source), weight) for name, source, weight in open_sources(str(original), "test")] == [
-        ("tiny", 4, 1.0)
+        ("tiny", 4, 0.0)
     ]
     mixed = open_sources(f"a={original}:1, b={directory}:2.5", "train")
     assert [(name, source.directory, weight) for name, source, weight in mixed] == [
         ("a", original, 1.0), ("b", directory, 2.5),
     ]  # fmt: skip
-    for bad in (f"a={original}", f"a={original}:x", f"={original}:1", "a=:1", f"a={original}:1,"):
+    assert [weight for _, _, weight in parse_spec(f"a={original},b={directory}")] == [0, 0]
+    for bad in (f"a={original}:1,b={directory}", f"a={original},b={directory}:2"):
+        with pytest.raises(UserError, match="gives a weight to some sources only"):
+            parse_spec(bad)
+    for weight in ("0", "-1", "nan", "inf"):
+        with pytest.raises(UserError, match=f"the weight of .* is {weight}.* above 0"):
+            parse_spec(f"a={original}:{weight}")
+    for bad in (f"a={original}:x", f"={original}:1", "a=:1", f"a={original}:1,"):
         with pytest.raises(UserError, match="not name=directory:weight"):
             parse_spec(bad)
     with pytest.raises(UserError, match="twice: a, a"):

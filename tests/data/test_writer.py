@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -18,14 +19,14 @@ import numpy as np
 import pytest
 
 from tests.data import raw
-from vlp_jax.data import shards, source, text, writer
+from vlp_jax.data import assembly, shards, source, text, writer
 from vlp_jax.data.datasets import coco, scenes
 from vlp_jax.types import UserError
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(writer, "SHARD_RECORDS", 3)
+    monkeypatch.setattr(assembly, "SHARD_RECORDS", 3)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def contents(directory):
 def undisturbed(folder, tmp_path_factory):
     target = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "SHARD_RECORDS", 3)
+        patch.setattr(assembly, "SHARD_RECORDS", 3)
         prepare(folder, target)
     return target
 
@@ -70,6 +71,7 @@ def test_manifest_states_what_is_there(undisturbed, folder):
     assert text.Vocabulary.load(undisturbed / "vocabulary.model").size == manifest["vocabulary"]["size"]
     named = {one["file"] for one in parts} | {
         "manifest.json",
+        "dropped.jsonl",
         "vocabulary.model",
         "dataset_info.json",
         "features.json",
@@ -80,10 +82,9 @@ def test_manifest_states_what_is_there(undisturbed, folder):
 def test_index_and_our_reader(undisturbed, folder):
     opened = source.Source(undisturbed, "train")
     with np.load(undisturbed / "train.index.npz") as index:
-        assert {name: index[name].dtype for name in index} == dict.fromkeys(
-            ("captions", "height", "width"), np.uint16
-        )
+        assert {name: index[name].dtype for name in index} == shards.COLUMNS
         assert index["captions"].tolist() == [2] * 8
+        assert len({*index["pixels"].tolist()}) == 8 and index["coco_id"].tolist() == [*range(1, 9)]
     for row, record in enumerate(opened.read([5, 0, 7])):
         key = [6, 1, 8][row]
         assert record["image"] == (folder / "train2017" / f"{key:012d}.jpg").read_bytes()
@@ -145,7 +146,7 @@ def test_other_options_need_overwrite(folder, tmp_path):
 def test_a_failed_overwrite_leaves_the_old_data(folder, tmp_path, monkeypatch):
     prepare(folder, tmp_path)
     before = contents(tmp_path)
-    monkeypatch.setattr(coco, "examples", lambda *_, **__: iter([coco.Dropped("a.jpg", "is bad")]))
+    monkeypatch.setattr(coco, "listing", lambda *_, **__: iter([("train", coco.Dropped("a.jpg", "is bad"))]))
     with pytest.raises(UserError, match="is bad"):
         prepare(folder, tmp_path, options={"captions": 1}, overwrite=True)
     assert {name: one for name, one in contents(tmp_path).items() if "unfinished" not in name} == before
@@ -170,35 +171,85 @@ def test_changed_source_and_damage_are_named(tmp_path):
 
 
 def test_a_stopped_run_is_taken_up(undisturbed, folder, tmp_path, monkeypatch):
-    whole, calls = coco.examples, []
+    whole, made = shards._write, []
 
-    def stops(source_, split, part=0, parts=1, **options):
-        calls.append((split, part))
-        if len(calls) == 3:
+    def stops(job, *rest):
+        made.append(job.name)
+        if len(made) == 3:
             raise KeyboardInterrupt
-        yield from whole(source_, split, part, parts, **options)
+        return whole(job, *rest)
 
-    monkeypatch.setattr(coco, "examples", stops)
+    monkeypatch.setattr(shards, "_write", stops)
     with pytest.raises(KeyboardInterrupt):
         prepare(folder, tmp_path)
     assert not (tmp_path / "manifest.json").exists()
     with pytest.raises(UserError, match="no readable manifest"):
         source.Source(tmp_path, "train")
     prepare(folder, tmp_path)
-    assert calls == [("train", 0), ("train", 1), ("train", 2), ("train", 2), ("validation", 0), ("test", 0)]
+    third = "coco-train.array_record-00002-of-00003"
+    assert made[2:4] == [third, third] and len(made) == 6
     assert contents(tmp_path) == contents(undisturbed)
 
 
 def test_unfinished_work_of_other_options_is_not_used(undisturbed, folder, tmp_path, monkeypatch):
-    whole = coco.examples
-    monkeypatch.setattr(coco, "splits", lambda *_, **__: ["train", "stop"])
-    with pytest.raises(KeyError):
-        prepare(folder, tmp_path, options={"captions": 1})
-    monkeypatch.undo()
-    monkeypatch.setattr(writer, "SHARD_RECORDS", 3)
-    assert coco.examples is whole and (tmp_path / "unfinished").is_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "_index", mock.Mock(side_effect=KeyError))
+        with pytest.raises(KeyError):
+            prepare(folder, tmp_path, options={"captions": 1})
+    assert (tmp_path / "unfinished").is_dir()
     prepare(folder, tmp_path)
     assert contents(tmp_path) == contents(undisturbed)
+
+
+def bad_source(folder, bad):
+    """Ten training pictures, of which `bad` are none; one more was never there."""
+    raw.coco(folder, {"train2017": 11})
+    (folder / "train2017" / "000000000011.jpg").unlink()
+    for number in range(1, bad + 1):
+        (folder / "train2017" / f"{number:012d}.jpg").write_bytes(b"<!DOCTYPE html>")
+    return folder
+
+
+def test_what_is_bad_is_listed_and_counted(tmp_path):
+    folder = bad_source(tmp_path / "raw", 2)
+    with pytest.raises(UserError, match=r"2 of 11 .*/000000000001.jpg is an HTML page.*larger --max_bad"):
+        prepare(folder, tmp_path / "data")
+    with pytest.raises(UserError, match="000000000001.jpg cannot be used: is an HTML.*--on_bad=skip"):
+        prepare(folder, tmp_path / "data", on_bad="error")
+    with pytest.raises(UserError, match="--on_bad=skp is unknown. Did you mean 'skip'"):
+        prepare(folder, tmp_path / "data", on_bad="skp")
+    manifest, _ = prepare(folder, tmp_path / "data", max_bad=0.5)
+    lines = [json.loads(line) for line in (tmp_path / "data/dropped.jsonl").read_text().splitlines()]
+    assert [(one["split"], one["file"]) for one in lines] == [
+        ("train", f"train2017/{number:012d}.jpg") for number in (1, 2, 11)
+    ]
+    assert manifest["dropped"]["count"] == 3 and sum(manifest["dropped"]["reasons"].values()) == 3
+    train = manifest["splits"]["train"]
+    assert (train["records"], train["listed"], train["alive"]) == (8, 11, 8 / 11)
+    assert "dropped: 3 pictures (27.27%), listed in dropped.jsonl" in writer.summary(manifest)
+
+
+def test_files_of_a_web_set_that_were_never_there_are_not_bad(tmp_path, monkeypatch):
+    folder = bad_source(tmp_path / "raw", 0)
+    whole = coco.listing
+
+    def listing(*arguments, **options):
+        for split, entry in whole(*arguments, **options):
+            yield (
+                split,
+                dataclasses.replace(entry, missing=True) if isinstance(entry, coco.Dropped) else entry,
+            )
+
+    monkeypatch.setattr(coco, "listing", listing)
+    manifest, _ = prepare(folder, tmp_path / "data", max_bad=0)
+    assert manifest["splits"]["train"]["alive"] == 10 / 11
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_one_message(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(assembly, "write_shard", os._exit)  # called with a job: fails to take it, and is gone
+    with pytest.raises(UserError, match="2 worker processes was killed.*fewer --workers"):
+        prepare(folder, tmp_path, workers=2)
 
 
 @pytest.mark.slow
@@ -235,6 +286,15 @@ def test_one_run_at_a_time(folder, tmp_path):
         prepare(folder, tmp_path)
     os.close(handle)
     prepare(folder, tmp_path)
+
+
+def test_very_many_sources_are_one_entry(folder, monkeypatch):
+    paths = sorted((folder / "train2017").iterdir())
+    monkeypatch.setattr(assembly, "MOST_SOURCES", 7)
+    one = assembly.source_entries(paths, folder)
+    assert one[0]["file"] == f"8 files, train2017/{paths[0].name} to train2017/{paths[-1].name}"
+    assert one != assembly.source_entries([*paths, paths[0]], folder)
+    assert assembly.source_entries(paths[:7], folder) == assembly.file_entries(paths[:7], folder)
 
 
 def test_a_full_disk_is_an_error_of_the_place():
@@ -300,9 +360,9 @@ def test_other_files_in_the_target_stay(folder, tmp_path):
 
 def test_given_vocabulary(folder, tmp_path):
     text.train((f"word{i}" for i in range(9)), tmp_path / "mine.model", 100)
-    manifest, _ = prepare(folder, tmp_path / "data", vocabulary=tmp_path / "mine.model")
+    manifest, _ = prepare(folder, tmp_path / "data", vocab=tmp_path / "mine.model")
     assert (tmp_path / "data" / "vocabulary.model").read_bytes() == (tmp_path / "mine.model").read_bytes()
     assert manifest["vocabulary"]["origin"] == manifest["vocabulary"]["sha256"]
     with pytest.raises(UserError, match="vocabulary .*nowhere.model cannot be read"):
-        prepare(folder, tmp_path / "other", vocabulary=tmp_path / "nowhere.model")
+        prepare(folder, tmp_path / "other", vocab=tmp_path / "nowhere.model")
     assert not (tmp_path / "other").exists()

@@ -3,53 +3,130 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import errno
+import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vlp_jax.data.datasets import Dropped, get
+import numpy as np
+
+from vlp_jax.data import record
+from vlp_jax.data.datasets import Dropped
 from vlp_jax.files import digest, save
-from vlp_jax.types import ENVIRONMENT
+from vlp_jax.types import ENVIRONMENT, UserError
+
+COLUMNS = {  # of the index beside the shards: what a run or a check needs of every record without reading it
+    "captions": np.uint32,
+    "height": np.uint16,
+    "width": np.uint16,
+    "pixels": np.uint64,
+    "coco_id": np.int64,
+    "flickr_id": np.int64,
+}
 
 
-def write_shard(job: tuple[str, str, dict, str, int, int, str]) -> dict:
-    """Writes one shard, or finds it finished; returns what the manifest and the index need of it."""
-    dataset, source, options, split, shard, shards, folder = job
-    name = f"{dataset}-{split}.array_record-{shard:05d}-of-{shards:05d}"
-    path, note = Path(folder) / name, Path(folder) / f"{name}.done.json"
-    if note.is_file() and path.is_file():
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One shard, and which lines of a listing it is made of.
+
+    Attributes:
+        name: of the shard's file.
+        folder: where it is written.
+        listing: file of entries, one a line.
+        offset, count: place of the first entry in the file, bytes, and how many.
+        source: folder that the entries' paths start from.
+        fields: optional fields of the records.
+        upright: turns pictures as their EXIF says.
+        strict: the first example that cannot be used ends the run.
+    """
+
+    name: str
+    folder: str
+    listing: str
+    offset: int
+    count: int
+    source: str
+    fields: tuple[str, ...]
+    upright: bool
+    strict: bool
+
+
+def write_shard(job: Job) -> dict:
+    """Writes one shard, or finds it finished; returns what the manifest needs of it.
+
+    Returns:
+        file, records, bytes, sha256; dropped [{file, reason, missing}]; changed {phrase: count}. The index
+        columns lie beside the shard, in NAME.columns.npz.
+
+    Raises:
+        UserError: an example cannot be used and `job.strict`.
+    """
+    path = Path(job.folder) / job.name
+    note, columns = path.with_name(f"{job.name}.done.json"), path.with_name(f"{job.name}.columns.npz")
+    with open(job.listing, "rb") as file:
+        file.seek(job.offset)
+        lines = list(itertools.islice(file, job.count))
+    entries = hashlib.sha256(b"".join(lines)).hexdigest()
+    if note.is_file() and path.is_file() and columns.is_file():
         result = json.loads(note.read_bytes())
         # One with dropped pictures is written again: they may have been repaired.
-        if not result["dropped"] and digest(path) == result["sha256"]:
+        bad = any(not one["missing"] for one in result["dropped"])
+        if result["entries"] == entries and not bad and digest(path) == result["sha256"]:
             return result
-    module = get(dataset)
-    features = module.features()
-    result = {"file": name, "captions": [], "height": [], "width": [], "dropped": []}
-    temporary = path.with_name(f"{name}.{os.getpid()}.tmp")
-    with _record_writer(temporary) as append:
-        for example in module.examples(Path(source), split, shard, shards, **options):
-            if isinstance(example, Dropped):
-                result["dropped"].append({"split": split, "file": example.file, "reason": example.reason})
-                continue
-            append(_in_order(features.serialize_example(example)))
-            result["captions"].append(len(example["captions"]))
-            result["height"].append(example["height"])
-            result["width"].append(example["width"])
-    _check_shard(temporary, len(result["captions"]))
-    result |= {"bytes": temporary.stat().st_size, "sha256": digest(temporary)}
-    temporary.rename(path)
-    save(note, json.dumps(result).encode())
+    temporary = path.with_name(f"{job.name}.{os.getpid()}.tmp")
+    try:
+        result = _write(job, lines, temporary, columns)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    save(note, json.dumps(result | {"entries": entries}))
     return result
 
 
-def _in_order(record: bytes) -> bytes:
-    """The same tf.train.Example with its fields sorted: protobuf leaves their order to the process."""
-    from tensorflow.core.example import example_pb2
+def _write(job: Job, lines: list[bytes], path: Path, columns: Path) -> dict:
+    dropped, changed = [], collections.Counter()
+    index: dict[str, list[int]] = {name: [] for name in COLUMNS}
+    with _record_writer(path) as append:
+        for line in lines:
+            example = _example(json.loads(line), job, changed)
+            if isinstance(example, Dropped):
+                if job.strict and not example.missing:
+                    raise UserError(
+                        f"{example.file} cannot be used: {example.reason}. Repair it, or give --on_bad=skip."
+                    )
+                dropped.append(dataclasses.asdict(example))
+                continue
+            append(record.encode(example))
+            example["captions"] = len(example.get("captions", ()))
+            for name, values in index.items():
+                values.append(example[name])
+    _check_shard(path, len(index["height"]))
+    # Through int64, whose bits a uint64 digest is.
+    arrays = {name: np.array(index[name], np.int64).astype(kind) for name, kind in COLUMNS.items()}
+    with columns.open("wb") as file:
+        np.savez(file, **arrays)
+    return {
+        "file": job.name,
+        "records": len(index["height"]),
+        "bytes": path.stat().st_size,
+        "sha256": digest(path),
+        "dropped": dropped,
+        "changed": changed,
+    }
 
-    return example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
+
+def _example(entry: dict, job: Job, changed: collections.Counter) -> dict | Dropped:
+    if "reason" in entry:  # the data set itself had nothing better to say
+        return Dropped(**entry)
+    completed = record.complete(entry, Path(job.source), job.fields, upright=job.upright)
+    changed.update(completed.changes)
+    return completed.example
 
 
 @contextlib.contextmanager

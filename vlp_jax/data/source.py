@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import resource
+import threading
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from vlp_jax.data import record
 from vlp_jax.types import UserError, closest
 
 MANIFEST = "manifest.json"
 PREPARE = "python -m vlp_jax.prepare scenes --target={}"
 AGAIN = "Copy the directory again or prepare it again."
-LISTS = frozenset({"captions"})  # features with any number of values
-BYTES = frozenset({"image"})  # features that are no text
 # No read-ahead: neighbours in a shard are not wanted next.
 READER = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
 
@@ -52,7 +54,9 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
             if found != stated:
                 raise ValueError(f"split {name} states {stated} records, its shards {found}")
             split["pairs"], split["index"]["file"], split["index"]["bytes"], split["index"]["sha256"]
+            split["listed"], split["alive"]
         manifest["dataset"], manifest["vocabulary"]["file"], manifest["vocabulary"]["sha256"]
+        manifest["dropped"]["count"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be used: {type(error).__name__}: {error}. {AGAIN}") from error
     return manifest, hashlib.sha256(content).hexdigest()
@@ -70,7 +74,7 @@ class Source:
         directory, split: what was opened.
         manifest: the parsed manifest.
         pairs: number of (picture, caption) pairs.
-        captions, heights, widths: int64 [records], captions and pixels of each picture.
+        captions, heights, widths: [records], captions and pixels of each picture, in the types of the index.
         vocabulary_path: the vocabulary file beside the shards.
     """
 
@@ -93,10 +97,20 @@ class Source:
         self._entry = splits[split]
         self._shards = [shard["file"] for shard in self._entry["shards"]]
         self._ends = np.cumsum([shard["records"] for shard in self._entry["shards"]])
-        self._readers = [self._open(shard) for shard in self._entry["shards"]]
-        self.captions, self.heights, self.widths = self._read_index()
+        for shard in self._entry["shards"]:
+            self._check_size(shard)
+        _allow_open_files(len(self._shards))
+        self._readers: list[Any] = [None] * len(self._shards)  # opened when first read from
+        self._opening = threading.Lock()
+        self._index_path = self.directory / self._entry["index"]["file"]
+        self.captions, self.heights, self.widths = map(self.column, ("captions", "height", "width"))
         self.pairs = int(self._entry["pairs"])
-        self._pair_ends = np.cumsum(self.captions)
+        self._pair_ends = np.cumsum(self.captions, dtype=np.int64)
+        if self._pair_ends[-1] != self.pairs:
+            raise UserError(
+                f"The index {self._index_path} holds {self._pair_ends[-1]} pairs; the manifest states "
+                f"{self.pairs}. {AGAIN}"
+            )
         self.vocabulary_path = self.directory / self.manifest["vocabulary"]["file"]
 
     def __len__(self) -> int:
@@ -106,22 +120,47 @@ class Source:
     def locate(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the record and the number of its caption for each pair, int64 [n]."""
         record = np.searchsorted(self._pair_ends, pairs, side="right")
-        return record, pairs - (self._pair_ends - self.captions)[record]
+        return record, pairs - self._first_pair(record)
 
     def pair(self, record: np.ndarray, caption: np.ndarray) -> np.ndarray:
         """Returns the pair of a record and the number of its caption, int64 [n]; the inverse of `locate`."""
-        return (self._pair_ends - self.captions)[record] + caption
+        return self._first_pair(record) + caption
+
+    def _first_pair(self, record: np.ndarray) -> np.ndarray:
+        return self._pair_ends[record] - self.captions[record]
 
     def where(self, row: int) -> str:
         """Returns "record 3 of train-00000-of-00002" for messages."""
         shard = int(np.searchsorted(self._ends, row, side="right"))
         return f"record {row - self._start(shard)} of {self.directory / self._shards[shard]}"
 
-    def read(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """Reads records by row: {"image": bytes, "captions": [str], "image_name", "image_key", ...}.
+    def column(self, name: str) -> np.ndarray:
+        """Returns a column of the index, [records]: captions, height, width, pixels, coco_id or flickr_id.
 
         Raises:
-            UserError: a record that is damaged, by shard, record and offset in bytes.
+            UserError: the index cannot be read, or is another's.
+        """
+        try:
+            with np.load(self._index_path) as arrays:
+                column = arrays[name]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"The index {self._index_path} cannot be read: {error}. {AGAIN}") from error
+        if column.shape != (len(self),) or column.dtype.kind not in "iu":
+            raise UserError(
+                f"The column {name} of {self._index_path} is {column.dtype}{list(column.shape)}; the manifest states "
+                f"{len(self)} records. {AGAIN}"
+            )
+        return column
+
+    def read(self, rows: Sequence[int] | np.ndarray, names: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """Reads records by row: {"image": bytes, "captions": [str], "image_name", ...}, see `record.parse`.
+
+        Args:
+            rows: int [n].
+            names: the fields wanted; () = all.
+
+        Raises:
+            UserError: a record that is damaged, by shard and record.
         """
         rows = np.asarray(rows, np.int64)
         shards = np.searchsorted(self._ends, rows, side="right")
@@ -130,11 +169,11 @@ class Source:
             places = np.flatnonzero(shards == shard)
             inside = (rows[places] - self._start(shard)).tolist()
             try:
-                contents = self._readers[shard].read(inside)
+                contents = self._reader(shard).read(inside)
             except RuntimeError:
                 contents = [self._read_one(shard, number) for number in inside]
             for place, content in zip(places, contents, strict=True):
-                records[place] = self._parse(content, int(rows[place]))
+                records[place] = self._parse(content, int(rows[place]), names)
         return records
 
     def _start(self, shard: int) -> int:
@@ -142,43 +181,41 @@ class Source:
 
     def _read_one(self, shard: int, number: int) -> bytes:
         try:
-            return self._readers[shard].read([number])[0]
+            return self._reader(shard).read([number])[0]
         except RuntimeError as error:
             where = self.where(self._start(shard) + number)
             raise UserError(
                 f"The {where} is damaged: {' '.join(str(error).split())[:200]}. {AGAIN}"
             ) from error
 
-    def _parse(self, content: bytes, row: int) -> dict[str, Any]:
-        """Reads a tf.train.Example as TFDS writes it; by hand, because its decoder costs 30 times as much."""
-        import tensorflow as tf
-        from google.protobuf.message import DecodeError
-
-        record: dict[str, Any] = {}
+    def _parse(self, content: bytes, row: int, names: Sequence[str]) -> dict[str, Any]:
         try:
-            for name, feature in tf.train.Example.FromString(content).features.feature.items():
-                kind = feature.WhichOneof("kind")
-                values = list(getattr(feature, kind).value) if kind else []
-                if kind == "bytes_list" and name not in BYTES:
-                    values = [value.decode("utf-8", "replace") for value in values]
-                record[name] = values[0] if len(values) == 1 and name not in LISTS else values
-            if len(record["captions"]) != self.captions[row]:
-                raise KeyError(f"{len(record['captions'])} captions where the index has {self.captions[row]}")
-            record["image"]
-        except (DecodeError, KeyError) as error:
-            raise UserError(
-                f"The {self.where(row)} is no picture with captions ({type(error).__name__}: {error}). {AGAIN}"
-            ) from error
-        return record
+            parsed = record.parse(content, names)
+            found = len(parsed.get("captions", ()))
+            if found != self.captions[row] and (not names or "captions" in names):
+                raise ValueError(f"{found} captions where the index has {self.captions[row]}")
+        except ValueError as error:
+            raise UserError(f"The {self.where(row)} cannot be used: {error}. {AGAIN}") from error
+        return parsed
 
-    def _open(self, shard: dict[str, Any]) -> Any:
-        from array_record.python import array_record_module
-
+    def _check_size(self, shard: dict[str, Any]) -> None:
         path = self.directory / shard["file"]
         size = path.stat().st_size if path.is_file() else -1
         if size != shard["bytes"]:
             found = "is missing" if size < 0 else f"has {size} bytes"
             raise UserError(f"The shard {path} {found}; the manifest states {shard['bytes']} bytes. {AGAIN}")
+
+    def _reader(self, number: int) -> Any:
+        if self._readers[number] is None:
+            with self._opening:
+                if self._readers[number] is None:
+                    self._readers[number] = self._open(self._entry["shards"][number])
+        return self._readers[number]
+
+    def _open(self, shard: dict[str, Any]) -> Any:
+        from array_record.python import array_record_module
+
+        path = self.directory / shard["file"]
         try:
             reader = array_record_module.ArrayRecordReader(str(path), **READER)
             count = reader.num_records()
@@ -190,27 +227,22 @@ class Source:
             )
         return reader
 
-    def _read_index(self) -> list[np.ndarray]:
-        path = self.directory / self._entry["index"]["file"]
-        try:
-            with np.load(path) as arrays:
-                columns = [arrays[name].astype(np.int64) for name in ("captions", "height", "width")]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"The index {path} cannot be read: {error}. {AGAIN}") from error
-        lengths, pairs = {len(column) for column in columns}, int(columns[0].sum())
-        if lengths != {len(self)} or pairs != self._entry["pairs"]:
-            raise UserError(
-                f"The index {path} holds {sorted(lengths)} records and {pairs} pairs; the manifest states "
-                f"{len(self)} and {self._entry['pairs']}. {AGAIN}"
-            )
-        return columns
+
+def _allow_open_files(more: int) -> None:
+    """Every shard stays open, and the usual limit of 1,024 files is soon reached; the hard one is far above."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd")) + more + 512 if os.path.isdir("/proc/self/fd") else soft + more
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def parse_spec(spec: str) -> list[tuple[str, Path, float]]:
     """Reads `config.data.dir`: "DIR", or a mixture "coco=DIR:1,vg=DIR:2" of name=directory:weight.
 
     Returns:
-        (name, directory, weight) of each source; a directory alone has the name "".
+        (name, directory, weight) of each source; a directory alone has the name "". Without weights
+        ("coco=DIR,vg=DIR") all are 0: each source has the share that its size gives it.
 
     Raises:
         UserError: nothing given, or a mixture that cannot be read.
@@ -221,20 +253,31 @@ def parse_spec(spec: str) -> list[tuple[str, Path, float]]:
             f"'coco=DIR:1,vg=DIR:2'. Make a small one with: {PREPARE.format('DIR')} and give --config.data.dir=DIR"
         )
     if "=" not in spec or Path(spec).expanduser().is_dir():
-        return [("", Path(spec).expanduser(), 1.0)]
-    sources = []
+        return [("", Path(spec).expanduser(), 0.0)]
+    sources, weighted = [], set()
     for part in spec.split(","):
-        name, given, rest = part.strip().partition("=")
-        directory, _, weight = rest.rpartition(":")
+        name, _, rest = part.strip().partition("=")
+        directory, colon, weight = rest.rpartition(":") if ":" in rest else (rest, "", "0")
         try:
-            if not (given and name and directory):
+            if not (name and directory):
                 raise ValueError
             sources.append((name, Path(directory).expanduser(), float(weight)))
         except ValueError:
             raise UserError(
                 f"config.data.dir: '{part}' in '{spec}' is not name=directory:weight. Possible: a directory, or "
-                "for example coco=DIR:1,vg=DIR:2. Correct it."
+                "for example coco=DIR:1,vg=DIR:2, or coco=DIR,vg=DIR for shares by size. Correct it."
             ) from None
+        weighted.add(bool(colon))
+        if colon and not 0 < sources[-1][2] < float("inf"):
+            raise UserError(
+                f"config.data.dir: the weight of '{part}' is {weight}. Weights are numbers above 0; leave a source out "
+                "instead, or all weights for shares by size."
+            )
+    if len(weighted) > 1:
+        raise UserError(
+            f"config.data.dir: '{spec}' gives a weight to some sources only. Give one to each, or to none for shares "
+            "by size."
+        )
     names = [name for name, _, _ in sources]
     if len(set(names)) < len(names):
         raise UserError(f"config.data.dir names a source twice: {', '.join(names)}. Give each its own name.")

@@ -7,7 +7,6 @@ and material that training never shows.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -19,8 +18,10 @@ from vlp_jax.data.datasets import scenes_world as world
 from vlp_jax.types import UserError
 
 NAME = "scenes"
-VERSION = "1"
+VERSION = "2"
 LICENCE = "CC0 1.0: drawn and worded by this program."
+FIELDS = (*coco.FIELDS, "scene")
+UPRIGHT = False
 VISUAL_WORDS = world.COLORS + world.SHAPES + world.PLURALS
 SOURCE = "nothing: it is drawn into DATA_DIR/raw, in the public formats"
 OPTIONS = {"seed": 0, "level": 1, "train": 16_000, "validation": 1000, "test": 1000}
@@ -39,14 +40,7 @@ truth = text.truth  # (caption, objects) -> bool, None if the caption is not of 
 fill = text.fill  # (words, index, objects) -> the words that make the caption true there
 
 
-def features():
-    """A caption record with the scene as json: a list of objects with all that is known of them."""
-    import tensorflow_datasets as tfds
-
-    return tfds.features.FeaturesDict({**coco.features(), "scene": tfds.features.Text()})
-
-
-def check(**options) -> None:
+def check(source: Path, **options) -> None:
     """Raises UserError for a level or a number of pictures that cannot be drawn."""
     if options["level"] not in world.LEVELS:
         raise UserError(
@@ -101,22 +95,12 @@ def draw_some(job: tuple[str, int, int, str, int, int]) -> list[dict]:
     return rows
 
 
-def splits(source: Path, **options) -> list[str]:
-    """train, validation and test."""
-    return coco.splits(source, splits=SPLITS)
-
-
 def sources(source: Path, **options) -> list[Path]:
     """The caption files and the scenes behind them."""
     scenes = [
         Path(source) / "annotations" / f"scenes_{folder}.json" for folder in scenes_raw.FOLDERS.values()
     ]
     return sorted([*coco.sources(source, splits=SPLITS), *scenes])
-
-
-def count(source: Path, split: str, **options) -> int:
-    """The number of pictures of a split."""
-    return coco.count(source, split, splits=SPLITS)
 
 
 def texts(source: Path, **options) -> Iterator[str]:
@@ -127,7 +111,9 @@ def texts(source: Path, **options) -> Iterator[str]:
     pairs = (source / "nlvr2" / "data" / "train.json").read_text().splitlines()
     entailment = (source / "snli_ve" / "snli_ve_train.jsonl").read_text().splitlines()
     return itertools.chain(
-        coco.texts(source, splits=SPLITS),
+        itertools.chain.from_iterable(
+            entry["captions"] for split, entry in coco.listing(source, map, splits=SPLITS) if split == "train"
+        ),
         (row["question"] for row in questions["questions"]),
         (row["multiple_choice_answer"] for row in answers["annotations"]),
         (json.loads(line)["sentence"] for line in pairs),
@@ -135,15 +121,15 @@ def texts(source: Path, **options) -> Iterator[str]:
     )
 
 
-def examples(source: Path, split: str, part: int = 0, parts: int = 1, **options) -> Iterator[dict | Dropped]:
-    """Yields what the reader of COCO captions yields, with the scene of the picture."""
-    scenes = _scenes(Path(source) / "annotations" / f"scenes_{scenes_raw.FOLDERS[split]}.json")
-    for example in coco.examples(source, split, part, parts, splits=SPLITS):
-        if isinstance(example, dict):
-            example["scene"] = json.dumps(scenes[example["image_key"]])
-        yield example
+def listing(source: Path, each: Callable, **options) -> Iterator[tuple[str, dict | Dropped]]:
+    """Yields what the reader of COCO lists, with the scene of each picture."""
+    scenes = {split: _scenes(source, folder) for split, folder in scenes_raw.FOLDERS.items()}
+    for split, entry in coco.listing(source, each, splits=SPLITS):
+        if isinstance(entry, dict):
+            entry["scene"] = json.dumps(scenes[split][entry["image_key"]])
+        yield split, entry
 
 
-@functools.lru_cache(maxsize=3)
-def _scenes(path: Path) -> dict[int, list[dict]]:
-    return {row["image_id"]: row["objects"] for row in json.loads(path.read_bytes())}
+def _scenes(source: Path, folder: str) -> dict[int, list[dict]]:
+    content = json.loads((Path(source) / "annotations" / f"scenes_{folder}.json").read_bytes())
+    return {row["image_id"]: row["objects"] for row in content}
