@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 from absl import flags as absl_flags
@@ -10,31 +11,49 @@ from absl import flags as absl_flags
 from vlp_jax import cli
 from vlp_jax.types import UserError, closest
 
-USAGE = """python -m vlp_jax.doctor data DATA_DIR [--deep] [--text_length=40]
-
-Reports counts, text lengths and picture sizes of a prepared directory. Ends with 2 when a run would suffer,
-after a line for each problem, by file and record."""
-KINDS = ("data",)
+USAGE = """python -m vlp_jax.doctor data DATA_DIR [--deep] [--json] [--against=DIR,DIR] [--browse=FILE.html]
+One screen on a prepared directory. Ends with 2 when a run would suffer, after a line for each problem, by file and
+record. --config says which run: its data.* keys give text length, picture and patch size."""
 
 
 def define(flags: absl_flags.FlagValues) -> None:
     """Adds the flags."""
-    absl_flags.DEFINE_bool("deep", False, "look at every byte and decode every picture", flag_values=flags)
-    absl_flags.DEFINE_integer("text_length", 40, "data.text_length of the run to come", flag_values=flags)
+    cli.define_config(flags, default="vilt:variant=b32")
+    common = {"flag_values": flags}
+    absl_flags.DEFINE_bool("deep", False, "read every byte, decode every picture", **common)
+    absl_flags.DEFINE_bool("json", False, "print one object, see vlp_jax/data/doctor.py", **common)
+    absl_flags.DEFINE_list("against", [], "prepared directories to evaluate on", **common)
+    absl_flags.DEFINE_float("max_overlap", 0.0, "of an evaluation split allowed in train", 0, 1, **common)
+    absl_flags.DEFINE_string("browse", "", "contact sheet to write: examples as a run gets them", **common)
+    absl_flags.DEFINE_string("browse_split", "train", "of the contact sheet", **common)
+    absl_flags.DEFINE_integer("browse_records", 48, "pictures on it; 0 = all", 0, **common)
+    for name in ("text_length", "image_size"):
+        absl_flags.DEFINE_integer(name, 0, f"of the run; 0 = config.data.{name}", 0, **common)
 
 
 def main(flags: absl_flags.FlagValues, kind: str, directory: str) -> None:
     """Prints the report; problems are the message that ends it."""
-    if kind not in KINDS:
-        raise UserError(
-            f"doctor cannot look at '{kind}'.{closest(kind, KINDS)} Possible: data. Give data DATA_DIR."
-        )
-    from vlp_jax.data import doctor
+    if kind != "data":
+        raise UserError(f"doctor knows no '{kind}'.{closest(kind, ['data'])} Possible: data. Give data DIR.")
+    from vlp_jax.data import browse, doctor, image, screen
 
-    problems = doctor.examine(directory, deep=flags.deep, length=flags.text_length)
+    data = flags.config.data
+    data.update(dir=directory, text_length=flags.text_length or data.text_length)
+    data.image_size = flags.image_size or data.image_size
+    options = {name: flags[name].value for name in ("deep", "against", "max_overlap")}
+    report = doctor.examine(directory, rule=image.layout(data), length=data.text_length, **options)
+    sys.stdout.reconfigure(errors="replace")  # for terminals without blocks
+    print(json.dumps(report) if flags.json else screen.render(report))
+    found = [problem["message"] for problem in report["problems"]]
+    problems = ["A run would suffer.", *found] if found else []
+    if flags.browse and "splits" in report:
+        try:
+            shown = browse.write(flags.config, flags.browse, flags.browse_split, flags.browse_records)
+            print(f"{shown} pictures in {flags.browse}", file=sys.stderr)
+        except UserError as error:
+            problems.append(f"No contact sheet: {error}")
     if problems:
-        raise UserError("\n".join([f"A run would suffer; problems found: {len(problems)}.", *problems]))
-    print("No problem found." if flags.deep else "No problem found; --deep looks at every byte.")
+        raise UserError("\n".join(problems))
 
 
 if __name__ == "__main__":

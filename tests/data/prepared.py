@@ -17,6 +17,11 @@ from vlp_jax.data import text
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "yellow": (230, 220, 40)}
 
+COLUMNS = {
+    "captions": np.uint32, "height": np.uint16, "width": np.uint16, "pixels": np.uint64, "coco_id": np.int64,
+    "flickr_id": np.int64,
+}  # fmt: skip
+
 
 def picture(row: int, height: int = 64, width: int = 64) -> bytes:
     """A JPEG of one colour with a little noise, by row."""
@@ -35,17 +40,33 @@ def captions(row: int) -> list[str]:
 
 
 def encode(**features) -> bytes:
-    """A serialised tf.train.Example as TFDS writes one."""
+    """A serialised tf.train.Example as TFDS writes one; a list without values has no kind."""
 
     def feature(value):
         values = value if isinstance(value, list) else [value]
+        if not values:
+            return tf.train.Feature()
         if isinstance(values[0], int):
             return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+        if isinstance(values[0], float):
+            return tf.train.Feature(float_list=tf.train.FloatList(value=values))
         values = [one.encode() if isinstance(one, str) else one for one in values]
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
 
     example = {name: feature(value) for name, value in features.items()}
     return tf.train.Example(features=tf.train.Features(feature=example)).SerializeToString()
+
+
+def pixels(content: bytes) -> int:
+    """The digest of a picture in the index: of a PPM file of it, as a uint64; 0 for bytes that are none."""
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            decoded = np.asarray(opened.convert("RGB"))
+    except OSError:
+        return 0
+    height, width, _ = decoded.shape
+    key = hashlib.sha256(f"P6\n{width} {height}\n255\n".encode() + decoded.tobytes()).digest()
+    return int.from_bytes(key[:8], "little")
 
 
 def entry(path: Path) -> dict:
@@ -63,33 +84,42 @@ def write(
     name: str = "tiny",
     pictures=picture,
     texts=captions,
+    more=lambda split, row: {},
 ) -> Path:
-    """Writes a prepared directory with that many records a split, sizes taken in turns."""
+    """Writes a prepared directory with that many records a split, sizes taken in turns.
+
+    Args:
+        more: fields of a record besides picture, name and captions; boxes as a flat list of floats.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     manifest = {"dataset": name, "builder_version": "1", "licence": "none", "created_with": {}, "splits": {}}
+    fields = {"captions"}
     for split, records in splits.items():
-        files, index = [], {"captions": [], "height": [], "width": []}
+        files, index = [], {column: [] for column in COLUMNS}
         bounds = np.linspace(0, records, shards + 1).astype(int)
         for shard in range(shards):
             path = directory / f"{name}-{split}.array_record-{shard:05d}-of-{shards:05d}"
             writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
             for row in range(bounds[shard], bounds[shard + 1]):
                 height, width = sizes[row % len(sizes)]
-                image, lines = pictures(row, height, width), texts(row)
-                writer.write(
-                    encode(
-                        image=image, image_name=f"{row}.jpg", image_key=row + 10**10, captions=lines,
-                        height=height, width=width,
-                    )
-                )  # fmt: skip
-                for column, value in zip(index, (len(lines), height, width), strict=True):
-                    index[column].append(value)
+                image, lines, extra = pictures(row, height, width), texts(row), more(split, row)
+                fields |= extra.keys() - {"coco_id", "flickr_id"}
+                key = pixels(image)
+                record = dict(
+                    image=image, image_name=f"{row}.jpg", image_key=row + 10**10, captions=lines, height=height,
+                    width=width, pixels=key - (key >> 63 << 64), coco_id=0, flickr_id=0,
+                ) | extra  # fmt: skip
+                writer.write(encode(**record))
+                for column, values in index.items():
+                    values.append(record[column] if column in record else 0)
+                index["captions"][-1], index["pixels"][-1] = len(lines), key
             writer.close()
             files.append(entry(path) | {"records": int(bounds[shard + 1] - bounds[shard])})
         path = directory / f"{split}.index.npz"
-        np.savez(path, **{column: np.array(values, np.uint16) for column, values in index.items()})
+        np.savez(path, **{column: np.array(values, COLUMNS[column]) for column, values in index.items()})
         manifest["splits"][split] = {
-            "records": records, "pairs": sum(index["captions"]), "shards": files, "index": entry(path),
+            "records": records, "pairs": sum(index["captions"]), "listed": records, "alive": 1.0,
+            "shards": files, "index": entry(path),
         }  # fmt: skip
     if vocabulary is None:
         vocabulary = directory / "vocabulary.model"
@@ -98,6 +128,9 @@ def write(
         (directory / vocabulary.name).write_bytes(vocabulary.read_bytes())
         vocabulary = directory / vocabulary.name
     manifest["vocabulary"] = entry(vocabulary) | {"size": text.Vocabulary.load(vocabulary).size}
-    manifest |= {"visual_words": [*COLOURS], "sources": [], "dropped": [], "options": {}}
+    (directory / "dropped.jsonl").write_bytes(b"")
+    dropped = entry(directory / "dropped.jsonl") | {"count": 0, "reasons": {}}
+    manifest |= {"visual_words": [*COLOURS], "sources": [], "dropped": dropped, "changed": {}, "options": {}}
+    manifest["fields"] = sorted(fields)
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2))
     return directory
