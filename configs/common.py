@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
     config.objectives = ConfigDict()  # name -> coefficient; 0 switches the objective off
 
     config.data = data = ConfigDict()
-    data.dir = ""  # a prepared directory, or "coco=DIR:1,vg=DIR:2" (name=directory:weight)
+    data.dir = ""  # a prepared directory, or a mixture: "coco=DIR:1,vg=DIR:2", or by size "coco=DIR,vg=DIR"
+    data.sources = ()  # their names, for the metrics; filled from data.dir
     data.split = "train"  # of the prepared data
     data.index = "pairs"  # pairs: uniform over (picture, caption); pictures: one caption drawn a picture
     data.text_length = 40  # word pieces with [CLS] and [SEP], padded and cut
@@ -29,6 +30,7 @@ def get_config() -> ConfigDict:
     data.image_limit = 0  # longest side in pixels; 0 = int(1333 / 800 * image_size), as the original
     data.patch_size = 32  # pixels
     data.max_patches = 0  # patch slots of a picture; 0 = as many as the resize rule can give
+    data.buckets = ()  # patch slots that a batch may have, e.g. (192, 216, 228): less padding, a program each; () = one
     data.mask_rate = 0.15  # of the word pieces, for masked language modelling
     data.mask_counts_padding = False  # ViLT's quirk: padding takes part in whole-word masking
     data.threads = 0  # decoding threads; 0 = tf.data decides

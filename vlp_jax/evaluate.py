@@ -34,22 +34,22 @@ def main(flags: absl_flags.FlagValues) -> None:
     places = full.find(flags.workdir, flags.checkpoint, flags.target)
     from vlp_jax import systems
     from vlp_jax.data import datasets, pipeline, source, spec
+    from vlp_jax.data import facts as data
     from vlp_jax.parallel import mesh, processes
     from vlp_jax.training import checkpoint
 
     params, meta, _ = checkpoint.open_for_inference(places.checkpoint, flags.averages)
     config = full.local_config(meta["config"], flags.data, cli.load_config("common"))
     processes.use_cache(config.compilation_cache)
-    devices, wanted, facts = mesh.make_mesh(config.parallel), config.evaluation, pipeline.facts(config)
+    devices, wanted, facts = mesh.make_mesh(config.parallel), config.evaluation, data.collect(config)
     full.check_vocabulary(meta.get("facts", {}), facts)
     system = systems.build(config, facts)
-    expected = spec.spec(pipeline.evaluation_config(config), wanted.batch_size)
-    params = full.put(config, system, params, expected, devices)
+    rows = spec.spec(pipeline.evaluation_config(config), wanted.batch_size)
+    params = full.put(config, system, params, rows, devices)
     sources = [opened for _, opened, _ in source.open_sources(config.data.dir, wanted.split)]
     knowledge = oracle.Knowledge(sources, [datasets.get(opened.manifest["dataset"]) for opened in sources])
-    batches = pipeline.evaluation_batches(
-        config, split=wanted.split, batch_size=wanted.batch_size, examples=wanted.examples
-    )
+    chosen = {"split": wanted.split, "batch_size": wanted.batch_size, "examples": wanted.examples}
+    batches = pipeline.evaluation_batches(config, **chosen)
     count = wanted.examples or sum(opened.pairs for opened in sources)
     found = full.score(config, system, params, batches, knowledge, facts, devices, count)
     report.write(places.target, places.run, config, meta, facts, found)

@@ -8,8 +8,8 @@ Trains to config.train.steps; the same command again resumes. On several hosts: 
 from __future__ import annotations
 
 import functools
+import logging
 import sys
-from pathlib import Path
 
 from absl import flags as absl_flags
 
@@ -26,6 +26,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     """Puts data, system, mesh and loop together."""
     cli.require(flags, "config", "workdir")
     from vlp_jax import systems
+    from vlp_jax.data import facts as data_facts
     from vlp_jax.data import pipeline, spec
     from vlp_jax.evaluation import quick
     from vlp_jax.parallel import mesh as meshes
@@ -35,7 +36,9 @@ def main(flags: absl_flags.FlagValues) -> None:
     config = flags.config
     limits.check(config)
     with processes.joined(config.parallel, config.compilation_cache) as host:
-        facts = pipeline.facts(config)
+        facts = data_facts.collect(config)
+        logging.getLogger("vlp_jax").info(data_facts.line(facts, config.data.split))
+        config.data.sources = tuple(facts["sources"])
         module = systems.get(config.system)
         config = module.resolve(config, facts)
         mesh = meshes.make_mesh(config.parallel)
@@ -46,7 +49,7 @@ def main(flags: absl_flags.FlagValues) -> None:
                 batches=lambda start: pipeline.batches(config, split=config.data.split, start=start, **host),
                 spec=spec.spec(config, config.train.batch_size),
                 evaluate=quick.evaluator(config, system, facts["visual_ids"], mesh, examples),
-                assets={Path(facts["vocabulary_path"]).name: Path(facts["vocabulary_path"]).read_bytes()},
+                assets=data_facts.assets(facts),
                 meta={"config": config.to_dict(), "facts": facts},
             )
             loop.run(config, system, inputs, folder, mesh)

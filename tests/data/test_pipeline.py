@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from configs import vilt
 from tests.data import prepared
+from vlp_jax.data import facts as data_facts
 from vlp_jax.data import image, pipeline, spec, text
 from vlp_jax.types import UserError
 
@@ -148,7 +150,7 @@ def test_mixture(config, directory, tmp_path):
     assert abs((source == 1).mean() - 0.25) < 0.001
     assert set(example[source == 1].tolist()) == set(range(len(pairs(9))))
     assert set(example[source == 0].tolist()) == set(range(len(pairs(TRAIN))))
-    facts = pipeline.facts(config)
+    facts = data_facts.collect(config)
     assert [one["weight"] for one in facts["sources"].values()] == [3, 1]
     assert len(facts["manifest_sha256"]) == 64
 
@@ -217,14 +219,21 @@ def test_evaluation_of_a_mixture(config, directory, tmp_path):
 
 
 def test_facts(config, directory):
-    facts = pipeline.facts(config)
+    facts = data_facts.collect(config)
     vocabulary = text.Vocabulary.load(directory / "vocabulary.model")
     assert facts["vocab_size"] == vocabulary.size and facts["mask_id"] == vocabulary.mask
     assert {vocabulary.word(piece) for piece in facts["visual_ids"]} == set(prepared.COLOURS)
     assert facts["sources"]["tiny"]["splits"]["validation"] == {
-        "records": VALIDATION, "pairs": len(pairs(VALIDATION)),
+        "records": VALIDATION, "pairs": len(pairs(VALIDATION)), "alive": 1.0,
     }  # fmt: skip
     assert json.loads(json.dumps(facts)) == facts
+
+
+def test_a_stream_that_is_let_go_of_says_nothing(config, capfd):
+    for _ in range(3):
+        next(pipeline.batches(config))
+        time.sleep(0.2)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_damaged_record_is_named(config, directory, tmp_path):
@@ -268,7 +277,7 @@ def test_bad_requests_are_refused_at_once(config, directory, tmp_path):
     refused(["text_length=2"], patch_size=16, text_length=2)
     refused(["does not exist", "vlp_jax.prepare"], text_length=32, dir=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="vlp_jax.prepare"):
-        pipeline.facts(config)
+        data_facts.collect(config)
     copy = shutil.copytree(directory, tmp_path / "copy")
     text.train(["another text"], copy / "vocabulary.model", 100)
     refused(["is not the one that the manifest", "sha256"], dir=str(copy))

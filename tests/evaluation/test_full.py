@@ -14,7 +14,8 @@ import pytest
 from configs import vilt
 from tests.data import prepared
 from vlp_jax import cli, evaluate, systems
-from vlp_jax.data import pipeline, spec
+from vlp_jax.data import facts as data_facts
+from vlp_jax.data import spec
 from vlp_jax.evaluation import full
 from vlp_jax.parallel import mesh as meshes
 from vlp_jax.parallel import shard
@@ -84,7 +85,7 @@ def run(tmp_path_factory) -> Path:
     config.data.dir = str(prepared.write(folder / "data", splits={"test": 12}, name="coco"))
     config.model.width, config.model.fusion.mlp_width, config.model.fusion.depth = 32, 64, 1
     config.evaluation.examples, config.evaluation.pictures, config.compilation_cache = 0, 2, ""
-    facts = pipeline.facts(config)
+    facts = data_facts.collect(config)
     config = systems.get("vilt").resolve(config, facts)
     system = systems.get("vilt").build(config)
     mesh, rules = meshes.make_mesh(config.parallel), config.parallel.rules

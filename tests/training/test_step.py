@@ -15,6 +15,7 @@ from vlp_jax.parallel import shard
 from vlp_jax.training import optimizer as optimizers
 from vlp_jax.training.state import initial_state, moving_average
 from vlp_jax.training.step import make_train_step
+from vlp_jax.types import Term
 
 ROWS = 16
 
@@ -40,7 +41,7 @@ class Run:
     def take(self, batch):
         with shard.context(self.mesh, self.preset):
             self.state, metrics = self.step(self.state, self.place(batch))
-        return {k: float(v) for k, v in metrics.items()}
+        return {k: float(v.mean() if isinstance(v, Term) else v) for k, v in metrics.items()}
 
 
 def three_losses(config, devices=None):
@@ -120,3 +121,18 @@ def test_averages_may_begin_with_other_parameters():
     begun = moving_average({"a": {"b": drawn["a"]["b"]}}, given, decay=0.0)
     assert list(begun["a"]) == ["b"] and begun["a"]["b"] is not given["a"]["b"]
     np.testing.assert_array_equal(begun["a"]["b"], 1.0)
+
+
+def test_what_a_batch_is_made_of():
+    run = Run(vilt_config(data__sources=("coco", "vg")), jax.devices()[:1])
+    batch = random_batch(run.config, ROWS)
+    batch["source_id"] = (np.arange(ROWS) % 4 == 2).astype(np.int32)
+    metrics = run.take(batch)
+    assert metrics["padding/text"] == pytest.approx(1 - batch["text_mask"].mean())
+    assert metrics["padding/patch"] == pytest.approx(1 - batch["patch_mask"].mean())
+    assert (metrics["share/coco"], metrics["share/vg"]) == (0.75, 0.25)
+    labels = batch["mlm_labels"] >= 0
+    coco, vg = (labels[batch["source_id"] == number].sum() for number in (0, 1))
+    mixed = (metrics["mlm/coco"] * coco + metrics["mlm/vg"] * vg) / (coco + vg)
+    assert mixed == pytest.approx(metrics["mlm"], rel=1e-5)
+    assert metrics["mlm/coco"] != pytest.approx(metrics["mlm/vg"], rel=1e-5)

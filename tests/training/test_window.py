@@ -4,7 +4,7 @@
 import pytest
 
 from vlp_jax.training.window import Window
-from vlp_jax.types import Stop
+from vlp_jax.types import Stop, Term
 
 
 def metrics(loss, skipped=0.0):
@@ -17,6 +17,14 @@ def test_means_leave_skipped_steps_out():
         window.add(metrics(loss, skipped))
     assert window.close() == {"train/loss": 2.0, "train/skipped_steps": 1}
     assert window.close() == {"train/skipped_steps": 1}
+
+
+def test_a_term_is_averaged_over_what_it_counts():
+    window = Window(0)
+    for total, count in ((3.0, 1.0), (0.0, 0.0), (5.0, 3.0)):
+        window.add({"rare": Term(total, count), "never": Term(0.0, 0.0), "skipped": 0.0})
+    again = Window(0, window.saved())
+    assert again.close() == {"train/rare": 2.0, "train/skipped_steps": 0}
 
 
 def test_a_restart_in_the_middle_changes_no_bit():

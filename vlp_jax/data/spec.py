@@ -25,8 +25,13 @@ class Entry:
     meaning: str
 
 
-def spec(config: Any, batch_size: int) -> dict[str, Entry]:
+def spec(config: Any, batch_size: int, slots: int = 0) -> dict[str, Entry]:
     """Returns what the pipeline gives for `config.data` and a number of rows.
+
+    Args:
+        config: reads data.
+        batch_size: rows.
+        slots: patch slots, one of data.buckets; 0 = the most that a batch of the run has.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -38,7 +43,7 @@ def spec(config: Any, batch_size: int) -> dict[str, Entry]:
             "length of 3 and more ([CLS], a piece, [SEP]) and a rate between 0 and 1. Change them."
         )
     rule = image.layout(data)
-    rows, length, slots, patch = batch_size, data.text_length, rule.slots, rule.patch
+    rows, length, slots, patch = batch_size, data.text_length, slots or rule.slots, rule.patch
     masked = corrupt.slots(data.mask_rate, length)
     table = {
         "text_ids": ((length,), np.int32, "word pieces, [CLS] first, [SEP] last, then padding"),

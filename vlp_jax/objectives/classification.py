@@ -21,6 +21,22 @@ def cross_entropy(logits: Float[Array, "*batch class"], labels: Int[Array, "*bat
     return Term(jnp.sum(jnp.where(valid, losses, 0.0)), jnp.sum(valid, dtype=jnp.float32))
 
 
+def by_source(
+    logits: Float[Array, "batch *slot class"],
+    labels: Int[Array, "batch *slot"],
+    source_id: Int[Array, "batch"],
+    sources: tuple[str, ...],
+) -> dict[str, Term]:
+    """Cross entropy of the rows of each source of a mixture, by its name; {} where there is only one."""
+    if len(sources) < 2:
+        return {}
+    rows = source_id.reshape(-1, *[1] * (labels.ndim - 1))
+    return {
+        name: cross_entropy(logits, jnp.where(rows == number, labels, -1))
+        for number, name in enumerate(sources)
+    }
+
+
 def accuracy(logits: Float[Array, "*batch class"], labels: Int[Array, "*batch"]) -> Term:
     """How many labels >= 0 have the highest logit (the first of equal ones), and how many there are."""
     valid = labels >= 0

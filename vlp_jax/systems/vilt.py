@@ -17,7 +17,7 @@ from vlp_jax.models.heads import Classifier, Pooler, TokenPredictor
 from vlp_jax.models.patch import PatchEmbedder
 from vlp_jax.models.text import TextEmbedder
 from vlp_jax.objectives import masking
-from vlp_jax.objectives.classification import accuracy, cross_entropy
+from vlp_jax.objectives.classification import accuracy, by_source, cross_entropy
 from vlp_jax.objectives.matching import exchange
 from vlp_jax.objectives.transport import alignable_text, cosine_cost, transport_plan, word_patch_alignment
 from vlp_jax.systems import base
@@ -132,6 +132,7 @@ def resolve(config: ConfigDict, facts: Mapping[str, Any]) -> ConfigDict:
 def build(config: ConfigDict) -> base.Functions:
     """Makes the system of a resolved config."""
     active = tuple(sorted(name for name, coefficient in config.objectives.items() if coefficient))
+    sources = tuple(config.data.sources)
     # Linen hashes a module's fields: the config must not change under it.
     module = Vilt(FrozenConfigDict(config.model), "mpp" in active)
 
@@ -147,23 +148,29 @@ def build(config: ConfigDict) -> base.Functions:
         draw, noise = jax.random.split(rng)
         method = Vilt.pretrain
         views = module.apply({"params": params}, batch, draw, active, method=method, rngs={"dropout": noise})
-        terms, metrics = _terms(module.bind({"params": params}), views, active)
+        terms, metrics = _terms(module.bind({"params": params}), views, active, sources)
         return LossOut(terms, metrics, extra)
 
     return base.Functions(init, prepare, loss, _predict(module))
 
 
-def _terms(model: Vilt, views: Mapping, active: tuple[str, ...]) -> tuple[dict[str, Term], dict[str, Term]]:
-    """The active terms and their accuracies."""
+def _terms(
+    model: Vilt, views: Mapping, active: tuple[str, ...], sources: tuple[str, ...]
+) -> tuple[dict[str, Term], dict[str, Term]]:
+    """The active terms, their accuracies, and of a mixture the terms of each source."""
     terms, metrics = {}, {}
+
+    def classify(name: str, logits: Array, labels: Array, batch: Batch) -> None:
+        terms[name], metrics[f"{name}_accuracy"] = cross_entropy(logits, labels), accuracy(logits, labels)
+        for source, term in by_source(logits, labels, batch["source_id"], sources).items():
+            metrics[f"{name}/{source}"] = term
+
     if "mlm" in active:
         out, batch = views["masked"]
-        logits, labels = model.words(out["text"], batch["mlm_positions"]), batch["mlm_labels"]
-        terms["mlm"], metrics["mlm_accuracy"] = cross_entropy(logits, labels), accuracy(logits, labels)
+        classify("mlm", model.words(out["text"], batch["mlm_positions"]), batch["mlm_labels"], batch)
     if "itm" in active:
         out, batch = views["pairs"]
-        logits, labels = model.match(out["pooled"]), batch["matched"]
-        terms["itm"], metrics["itm_accuracy"] = cross_entropy(logits, labels), accuracy(logits, labels)
+        classify("itm", model.match(out["pooled"]), batch["matched"], batch)
     if "wpa" in active:
         out, batch = views["pairs"]
         text_mask = alignable_text(batch["pair_text_mask"])
@@ -174,9 +181,7 @@ def _terms(model: Vilt, views: Mapping, active: tuple[str, ...]) -> tuple[dict[s
     if "mpp" in active:
         out, batch = views["patches"]
         logits = model.mpp_head(out["image"][:, 1:])
-        logits = logits.reshape(*logits.shape[:2], 3, 256)
-        labels = batch["mpp_labels"]
-        terms["mpp"], metrics["mpp_accuracy"] = cross_entropy(logits, labels), accuracy(logits, labels)
+        classify("mpp", logits.reshape(*logits.shape[:2], 3, 256), batch["mpp_labels"], batch)
     return terms, metrics
 
 

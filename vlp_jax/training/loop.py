@@ -68,10 +68,12 @@ def run(config: ConfigDict, system: System, inputs: Inputs, workdir: Path, mesh:
         if start >= config.train.steps:
             log.info("All %d steps are done.", start)
             return state
-        step = jax.jit(
-            make_train_step(config, system, optimizer),
-            donate_argnums=0,
-            out_shardings=(shard.shardings(state), shard.replicated(mesh)),
+        step = _Programs(
+            jax.jit(
+                make_train_step(config, system, optimizer),
+                donate_argnums=0,
+                out_shardings=(shard.shardings(state), shard.replicated(mesh)),
+            )
         )
         work = _Work(config, inputs, checkpointer, writers, Window(config.train.max_skipped, saved))
         with Watchdog(config.train.watchdog) as watchdog, writers:
@@ -80,14 +82,28 @@ def run(config: ConfigDict, system: System, inputs: Inputs, workdir: Path, mesh:
                 waited = time.perf_counter()
                 batch = place(next(batches))
                 work.meter.waited(time.perf_counter() - waited)
-                if number == start + 1:
-                    step = _compiled(step, state, batch)
-                    processes.meet("first step")
-                state, metrics = step(state, batch)
+                state, metrics = step(state, batch, work.meter)
                 work.window.add(metrics)
                 watchdog.feed()
                 work.after(number, state, signals)
     return state
+
+
+class _Programs:
+    """The step compiled once for each shape of batch that comes along; buckets of patches give several."""
+
+    def __init__(self, step: Any) -> None:
+        self._step = step
+        self._compiled: dict[tuple, Any] = {}
+
+    def __call__(self, state: TrainState, batch: Batch, meter: Meter) -> tuple[TrainState, dict]:
+        """Runs the step; compiles it first, outside of the meter, where the shapes are new."""
+        shapes = tuple(value.shape for value in batch.values())
+        if shapes not in self._compiled:
+            with meter.paused():
+                self._compiled[shapes] = _compiled(self._step, state, batch)
+                processes.meet("first step")
+        return self._compiled[shapes](state, batch)
 
 
 def _compiled(step: Any, state: TrainState, batch: Batch) -> Any:

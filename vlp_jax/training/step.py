@@ -13,13 +13,13 @@ from ml_collections import ConfigDict
 
 from vlp_jax.systems.base import System
 from vlp_jax.training.state import TrainState, moving_average
-from vlp_jax.types import Array, Batch, Extra, Key, LossOut, Params
+from vlp_jax.types import Array, Batch, Extra, Key, LossOut, Params, Term
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array | Term]]]
 
 
 def make_train_step(config: ConfigDict, system: System, optimizer: Any) -> Step:
-    """Returns `step(state, batch) -> (state, metrics)`; metrics are float32 scalars by name, without "train/".
+    """Returns `step(state, batch) -> (state, metrics)`; metrics by name, without "train/": float32 scalars, and Terms.
 
     Total loss = sum over the terms of coefficient x (sum over the global batch) / max(count, 1), whatever the
     number of micro-batches and devices. A step whose loss or gradient is not finite leaves parameters, moments,
@@ -28,7 +28,7 @@ def make_train_step(config: ConfigDict, system: System, optimizer: Any) -> Step:
     coefficients = {name: value for name, value in config.objectives.items() if value}
     accumulate = config.train.accumulation > 1
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array | Term]]:
         rng = jax.random.fold_in(state.rng, state.step)
         batch = system.prepare(batch, jax.random.fold_in(rng, 0))
         extra = {**state.extra, "ema": state.ema} if state.ema else state.extra
@@ -48,11 +48,22 @@ def make_train_step(config: ConfigDict, system: System, optimizer: Any) -> Step:
             lambda new, old: jnp.where(finite, new, old), (ema, new_extra), (state.ema, state.extra)
         )
         metrics = {"loss": total, "skipped": 1.0 - finite.astype(jnp.float32), **info}
-        metrics |= {name: term.mean() for name, term in {**out.terms, **out.metrics}.items()}
+        metrics |= _composition(batch, config.data.sources)
+        metrics |= {name: term.mean() for name, term in out.terms.items()} | dict(out.metrics)
         new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=kept[0])
         return dataclasses.replace(new, extra=kept[1]), metrics
 
     return step
+
+
+def _composition(batch: Batch, sources: tuple[str, ...]) -> dict[str, Array]:
+    """What the batch is made of: the share of positions that are padding, and of each source of a mixture."""
+    real = {name: batch[f"{name}_mask"] for name in ("text", "patch") if f"{name}_mask" in batch}
+    shares = {f"padding/{name}": 1.0 - jnp.mean(mask, dtype=jnp.float32) for name, mask in real.items()}
+    if len(sources) > 1:
+        for number, name in enumerate(sources):
+            shares[f"share/{name}"] = jnp.mean(batch["source_id"] == number, dtype=jnp.float32)
+    return shares
 
 
 def _whole(

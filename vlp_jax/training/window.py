@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import jax
 
-from vlp_jax.types import Array, Stop
+from vlp_jax.types import Array, Stop, Term
 
 AHEAD = 2  # steps that may be in flight: enough to hide dispatch, few enough to bound the memory of queued batches
 
@@ -20,14 +20,13 @@ class Window:
 
     def __init__(self, max_skipped: int, saved: Mapping | None = None):
         saved = saved or {}
-        self.sums: dict[str, float] = dict(saved.get("sums", {}))
-        self.steps: int = saved.get("steps", 0)
+        self.sums: dict[str, list[float]] = {k: [*v] for k, v in saved.get("sums", {}).items()}  # sum, count
         self.skipped: int = saved.get("skipped", 0)  # of the whole run
         self.in_a_row: int = saved.get("in_a_row", 0)
         self._max_skipped = max_skipped
-        self._pending: list[dict[str, Array]] = []
+        self._pending: list[dict[str, Array | Term]] = []
 
-    def add(self, metrics: dict[str, Array]) -> None:
+    def add(self, metrics: dict[str, Array | Term]) -> None:
         """Takes the metrics of a step that may still be running."""
         self._pending.append(metrics)
         if len(self._pending) > AHEAD:
@@ -36,13 +35,16 @@ class Window:
     def saved(self) -> dict:
         """Waits for all steps; what a checkpoint must keep."""
         self._settle(len(self._pending))
-        return dict(sums=self.sums, steps=self.steps, skipped=self.skipped, in_a_row=self.in_a_row)
+        return dict(sums=self.sums, skipped=self.skipped, in_a_row=self.in_a_row)
 
     def close(self) -> dict[str, float]:
-        """Waits for all steps, returns their means by "train/..." and begins anew."""
+        """Waits for all steps, returns their means by "train/..." and begins anew.
+
+        A number is averaged over steps; a `Term` over what it counts, and left out where it counted nothing.
+        """
         self._settle(len(self._pending))
-        means = {f"train/{name}": total / self.steps for name, total in self.sums.items()}
-        self.sums, self.steps = {}, 0
+        means = {f"train/{name}": total / count for name, (total, count) in self.sums.items() if count}
+        self.sums = {}
         return {**means, "train/skipped_steps": self.skipped}
 
     def _settle(self, count: int) -> None:
@@ -63,6 +65,8 @@ class Window:
                         "Lower config.optimizer.lr, set config.optimizer.clip_norm, or look at the data of these steps.",
                     )
                 continue
-            self.in_a_row, self.steps = 0, self.steps + 1
+            self.in_a_row = 0
             for name, value in metrics.items():
-                self.sums[name] = self.sums.get(name, 0.0) + float(value)
+                total, count = (value.sum, value.count) if isinstance(value, Term) else (value, 1.0)
+                sums = self.sums.setdefault(name, [0.0, 0.0])
+                sums[:] = sums[0] + float(total), sums[1] + float(count)

@@ -157,7 +157,7 @@ class Console:
         parts += [
             f"{name.removeprefix('train/')} {value:.4g}"
             for name, value in values.items()
-            if name.startswith("train/") and name not in QUIET
+            if name.startswith("train/") and name.count("/") == 1 and name not in QUIET
         ]
         if values.get("train/skipped_steps"):
             parts.append(f"skipped {values['train/skipped_steps']}")

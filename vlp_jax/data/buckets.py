@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of pictures alike in number of patches, so that few slots are empty: a pure function of the step.
+
+Positions are cut into windows of whole batches. A window holds the examples that data/order.py gives its positions,
+each once, sorted into buckets by number of patches; what fills no batch goes to the next larger bucket.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vlp_jax.data import image, order
+from vlp_jax.types import UserError
+
+WINDOW = (
+    2**18
+)  # positions, about; the larger, the fewer rows are promoted, and the longer the first batch takes
+LEAST = 32  # batches: of 16, promoted rows fill 0.6 % of the slots, of 32 they fill 0.3 %
+KEPT = 2  # windows in memory, 2 MB each: batches made ahead may stand on both sides of a border
+_BATCHES = 0xB7  # separates this use of the seed from those of data/order.py
+
+
+def check(sizes: Sequence[int], rule: image.Layout) -> tuple[int, ...]:
+    """Returns `config.data.buckets` as a tuple, () for off.
+
+    Raises:
+        UserError: sizes that are no whole numbers above 0, do not ascend, or whose last is not `rule.slots`.
+    """
+    sizes = tuple(sizes) if isinstance(sizes, Sequence) and not isinstance(sizes, str) else (sizes,)
+    whole = all(isinstance(size, int | np.integer) and not isinstance(size, bool) for size in sizes)
+    if not whole or any(size <= 0 for size in sizes) or list(sizes) != sorted(set(sizes)):
+        near = sorted({max(1, rule.slots * 27 // 32), rule.slots})
+        raise UserError(
+            f"data.buckets={sizes} are no sizes of buckets. Possible are whole numbers above 0 that ascend, the last "
+            f"{rule.slots}, for example {tuple(near)}; () = off. Change data.buckets."
+        )
+    if sizes and sizes[-1] != rule.slots:
+        raise UserError(
+            f"data.buckets={sizes} ends with {sizes[-1]}; a picture of this run may keep {rule.slots} patches "
+            f"(data.max_patches, or all that data.image_size and data.image_limit give). Let data.buckets end with "
+            f"{rule.slots}, or set data.max_patches={sizes[-1]}."
+        )
+    return tuple(int(size) for size in sizes)
+
+
+def tokens(height: np.ndarray, width: np.ndarray, rule: image.Layout) -> np.ndarray:
+    """Patches that pictures of these sizes (int [n], pixels) keep, int64 [n]."""
+    tall, wide = image.resized_size(height, width, rule.shorter, rule.longer, rule.patch)
+    return np.minimum((tall // rule.patch) * (wide // rule.patch), rule.slots)
+
+
+def empty(count: np.ndarray, slots: int | np.ndarray) -> float:
+    """Share of patch slots that hold no patch, when pictures with `count` patches get `slots` each."""
+    return 1.0 - float(np.sum(count) / np.sum(np.broadcast_to(slots, np.shape(count))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The batches of one window in the order in which they are trained on.
+
+    Attributes:
+        slots: int64 [batches], patch slots of each picture of a batch.
+        positions: int64 [batches, batch size], ascending but for promoted rows, which come first.
+        tokens: int64 [batches], patches that a batch holds.
+    """
+
+    slots: np.ndarray
+    positions: np.ndarray
+    tokens: np.ndarray
+
+
+class Buckets:
+    """The plan of a run: which positions form the batch of a step, and how many slots its pictures have.
+
+    Every host computes the whole plan, O(window) once a window, and takes its slice of each batch.
+
+    Attributes:
+        sizes: slots of the buckets, ascending, from `check`.
+        batch_size: global.
+        batches: of a window.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        batch_size: int,
+        examples: int,
+        seed: int,
+        count: Callable[[np.ndarray], np.ndarray],
+    ):
+        """Makes a plan; computes nothing yet.
+
+        Args:
+            sizes: slots of the buckets; the last holds every picture.
+            batch_size: global.
+            examples: of the data, all sources together: a window is no longer than it must be, so that a short run
+                over few examples sees each of them as often as the others.
+            seed: of the run.
+            count: positions int64 [n] -> patches that the rows there keep, int64 [n]. Called from any thread.
+        """
+        self.sizes = tuple(sizes)
+        self.batch_size = batch_size
+        self.batches = max(LEAST, min(WINDOW, examples) // batch_size)
+        self._seed, self._count = seed, count
+        self._windows: collections.OrderedDict[int, Window] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def batch(self, step: int) -> tuple[int, np.ndarray]:
+        """Returns the slots of the step's pictures and the global positions of its rows, int64 [batch size]."""
+        number, place = divmod(int(step), self.batches)
+        window = self.window(number)
+        return int(window.slots[place]), window.positions[place]
+
+    def padding(self, step: int) -> float:
+        """Share of the patch slots of a step that are empty."""
+        number, place = divmod(int(step), self.batches)
+        window = self.window(number)
+        return 1.0 - float(window.tokens[place] / (window.slots[place] * self.batch_size))
+
+    def window(self, number: int) -> Window:
+        """Returns window `number`: steps [number, number + 1) x `batches`."""
+        with self._lock:
+            if number not in self._windows:
+                self._windows[number] = self._make(number)
+                if len(self._windows) > KEPT:
+                    self._windows.popitem(last=False)
+            self._windows.move_to_end(number)
+            return self._windows[number]
+
+    def _make(self, number: int) -> Window:
+        size, length = self.batch_size, self.batches * self.batch_size
+        first = number * length
+        count = np.asarray(self._count(first + np.arange(length)))
+        bucket = np.searchsorted(self.sizes, count, side="left")
+        slots, rows, promoted = [], [], np.zeros(0, np.int64)
+        for which, each in enumerate(self.sizes):
+            inside = np.concatenate([promoted, np.flatnonzero(bucket == which)])
+            full = len(inside) // size
+            rows.append(inside[: full * size].reshape(full, size))
+            slots += [each] * full
+            promoted = inside[full * size :]
+        if len(slots) != self.batches:
+            raise ValueError(f"a picture with {count.max()} patches in buckets of {self.sizes}")
+        key = order.mix(self._seed, _BATCHES, number)
+        turn = order.permute(np.arange(self.batches), self.batches, key)
+        places = np.concatenate(rows)[turn]
+        positions = first + places
+        positions.flags.writeable = False
+        return Window(np.array(slots)[turn], positions, count[places].sum(1))
