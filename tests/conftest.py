@@ -46,7 +46,8 @@ def realdata() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def scenes_dir(tmp_path_factory) -> pathlib.Path:
     """Prepared scenes of level 1: 64 pictures to train on, 24 each to validate and test. Do not write there."""
-    from vlp_jax.data import datasets, writer
+    from vlp_jax.data import datasets
+    from vlp_jax.data.preparation import writer
 
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # one for all workers of a session

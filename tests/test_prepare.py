@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.data import raw
+from tests.data import corpus, raw
 from vlp_jax import cli, prepare
 from vlp_jax.data.source import Source
 
@@ -96,3 +97,30 @@ def test_wrong_input_is_one_message_and_leaves_no_trace(capsys, tmp_path, monkey
     code, out, err = call(capsys, *argv)
     assert (code, out) == (2, "") and message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_folder_of_bad_files_ends_well(tmp_path):
+    """The command on some 200 files that are no pictures, among a few good ones: each is named, with its reason."""
+    pictures = tmp_path / "pictures"
+    expected = corpus.make(pictures)
+    good = {f"good{number}": content for number, content in enumerate(corpus.good().values())}
+    for name, content in good.items():
+        (pictures / name).write_bytes(content)
+    lines = [json.dumps({"image": name, "caption": "a picture"}) + "\n" for name in [*expected, *good]]
+    (pictures / "captions.jsonl").write_text("".join(lines) + "no json\n")
+    command = [sys.executable, "-m", "vlp_jax.prepare", "folder", f"--source={pictures}"]
+    command += [f"--target={tmp_path / 'data'}", "--workers=2"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 2 and "larger --max_bad" in run.stderr and "Traceback" not in run.stderr
+    run = subprocess.run([*command, "--max_bad=1"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr[-2000:]
+    dropped = [json.loads(line) for line in (tmp_path / "data/dropped.jsonl").read_text().splitlines()]
+    assert len(dropped) == len(expected) + 1
+    said = {one["file"]: one["reason"] for one in dropped}
+    for name, pattern in expected.items():
+        reason = next((reason for file, reason in said.items() if name in file), "not named")
+        assert re.search(pattern, reason), (name, reason)
+    assert any("captions.jsonl" in file and str(len(lines) + 1) in file for file in said)
+    records = json.loads((tmp_path / "data/manifest.json").read_text())["splits"]
+    assert sum(split["records"] for split in records.values()) == len(good)

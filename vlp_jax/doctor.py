@@ -21,7 +21,7 @@ def define(flags: absl_flags.FlagValues) -> None:
     cli.define_config(flags, default="vilt:variant=b32")
     common = {"flag_values": flags}
     absl_flags.DEFINE_bool("deep", False, "read every byte, decode every picture", **common)
-    absl_flags.DEFINE_bool("json", False, "print one object, see vlp_jax/data/doctor.py", **common)
+    absl_flags.DEFINE_bool("json", False, "print one object, see inspection/examination.py", **common)
     absl_flags.DEFINE_list("against", [], "prepared directories to evaluate on", **common)
     absl_flags.DEFINE_float("max_overlap", 0.0, "of an evaluation split allowed in train", 0, 1, **common)
     absl_flags.DEFINE_string("browse", "", "contact sheet to write: examples as a run gets them", **common)
@@ -35,13 +35,13 @@ def main(flags: absl_flags.FlagValues, kind: str, directory: str) -> None:
     """Prints the report; problems are the message that ends it."""
     if kind != "data":
         raise UserError(f"doctor knows no '{kind}'.{closest(kind, ['data'])} Possible: data. Give data DIR.")
-    from vlp_jax.data import browse, doctor, image, screen
+    from vlp_jax.data import image
+    from vlp_jax.data.inspection import browse, examination, screen
 
     data = flags.config.data
-    data.update(dir=directory, text_length=flags.text_length or data.text_length)
-    data.image_size = flags.image_size or data.image_size
+    data.update(dir=directory, **{k: flags[k].value for k in ("text_length", "image_size") if flags[k].value})
     options = {name: flags[name].value for name in ("deep", "against", "max_overlap")}
-    report = doctor.examine(directory, rule=image.layout(data), length=data.text_length, **options)
+    report = examination.examine(directory, rule=image.layout(data), length=data.text_length, **options)
     sys.stdout.reconfigure(errors="replace")  # for terminals without blocks
     print(json.dumps(report) if flags.json else screen.render(report))
     found = [problem["message"] for problem in report["problems"]]

@@ -13,7 +13,8 @@ import sys
 from absl import flags as absl_flags
 
 from vlp_jax import cli
-from vlp_jax.data import datasets, writer
+from vlp_jax.data import datasets
+from vlp_jax.data.preparation import writer
 from vlp_jax.types import UserError
 
 FLAGS = {  # name -> default and meaning; besides these each data set has options
@@ -44,9 +45,8 @@ def define(flags: absl_flags.FlagValues) -> None:
 def main(flags: absl_flags.FlagValues, dataset: str) -> None:
     """Prepares a data set and prints what is there."""
     module = datasets.get(dataset)
-    shared = [name for name in FLAGS if name != "source" or not hasattr(module, "draw")]
-    cli.require(flags, *(name for name in ("target", "source") if name in shared))
-    possible = [*shared, *module.OPTIONS]
+    possible = [*FLAGS, *module.OPTIONS][hasattr(module, "draw") :]  # a drawn set has no --source
+    cli.require(flags, *(name for name in ("target", "source") if name in possible))
     if wrong := [name for name in flags if flags[name].present and name not in possible]:
         listed = ", --".join(possible)
         raise UserError(f"--{wrong[0]} is no flag of {dataset}. Possible: --{listed}. Leave it out.")

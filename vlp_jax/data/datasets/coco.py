@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlp_jax.data import tables
 from vlp_jax.data.datasets import Dropped, published
+from vlp_jax.data.preparation import tables
 from vlp_jax.types import UserError, closest
 
 NAME = "coco"

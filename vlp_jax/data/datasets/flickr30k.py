@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vlp_jax.data import tables
 from vlp_jax.data.datasets import Dropped, coco, published
+from vlp_jax.data.preparation import tables
 from vlp_jax.types import UserError
 
 NAME = "flickr30k"

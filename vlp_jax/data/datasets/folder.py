@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vlp_jax.data import admission, tables
 from vlp_jax.data.datasets import Dropped, coco
 from vlp_jax.data.datasets.folder_columns import COLUMNS, SAYING, SPLITS, Header, Row, read_row, split_of
 from vlp_jax.data.datasets.folder_layout import (
@@ -26,7 +25,8 @@ from vlp_jax.data.datasets.folder_layout import (
     inside,
     pictures_folder,
 )
-from vlp_jax.data.tables import shown
+from vlp_jax.data.preparation import admission, tables
+from vlp_jax.data.preparation.tables import shown
 from vlp_jax.types import UserError, closest
 
 NAME = "folder"

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from vlp_jax.data.tables import shown
+from vlp_jax.data.preparation.tables import shown
 from vlp_jax.types import UserError, closest
 
 # Meaning -> other names that people give it; taken only where the name itself and its rivals are absent.

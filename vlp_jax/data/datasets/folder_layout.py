@@ -7,8 +7,8 @@ import os
 import unicodedata
 from pathlib import Path
 
-from vlp_jax.data import tables
-from vlp_jax.data.tables import shown
+from vlp_jax.data.preparation import tables
+from vlp_jax.data.preparation.tables import shown
 from vlp_jax.types import UserError, closest
 
 PICTURES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .heic .avif".split())

@@ -7,8 +7,8 @@ import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vlp_jax.data import tables
 from vlp_jax.data.datasets import Dropped, coco, published, web_files
+from vlp_jax.data.preparation import tables
 from vlp_jax.types import UserError
 
 NAME = "gcc"

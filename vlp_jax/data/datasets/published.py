@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vlp_jax.data import tables
+from vlp_jax.data.preparation import tables
 from vlp_jax.types import UserError, closest
 
 SPLITS = ("train", "validation", "test")

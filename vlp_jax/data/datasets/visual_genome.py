@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlp_jax.data import tables
 from vlp_jax.data.datasets import Dropped, coco, published
+from vlp_jax.data.preparation import tables
 from vlp_jax.types import UserError
 
 NAME = "visual_genome"

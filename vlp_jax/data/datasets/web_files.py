@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from vlp_jax.data import tables
 from vlp_jax.data.datasets import Dropped, published
+from vlp_jax.data.preparation import tables
 from vlp_jax.types import UserError
 
 NAMING = (

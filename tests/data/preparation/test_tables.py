@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from vlp_jax.data import tables
+from vlp_jax.data.preparation import tables
 from vlp_jax.types import UserError
 
 ARABIC, FAMILY, FLAG = "رجل يركب حصانا", "👩‍👩‍👧", "🇩🇪"

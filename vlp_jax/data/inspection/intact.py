@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlp_jax import files
-from vlp_jax.data import admission
+from vlp_jax.data.preparation import admission
 from vlp_jax.data.source import AGAIN, MANIFEST, PREPARE, READER
 from vlp_jax.types import UserError
 

@@ -22,10 +22,11 @@ from typing import TextIO
 
 import numpy as np
 
-from vlp_jax.data import record, tables
+from vlp_jax.data import record
 from vlp_jax.data.datasets import Dropped
-from vlp_jax.data.shards import COLUMNS, Job, write_shard
-from vlp_jax.data.workers import progress
+from vlp_jax.data.preparation import tables
+from vlp_jax.data.preparation.shards import COLUMNS, Job, write_shard
+from vlp_jax.data.preparation.workers import progress
 from vlp_jax.files import digest, save
 from vlp_jax.types import UserError
 

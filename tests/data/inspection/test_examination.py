@@ -16,7 +16,8 @@ from array_record.python import array_record_module
 from tests.data import prepared
 from vlp_jax import cli
 from vlp_jax import doctor as command
-from vlp_jax.data import doctor, image, record, screen
+from vlp_jax.data import image, record
+from vlp_jax.data.inspection import examination, screen
 from vlp_jax.data.text import Vocabulary
 
 RULE = image.Layout(384, 639, 32, 228)
@@ -45,7 +46,7 @@ def directory(original, tmp_path):
 
 def examine(folder, **options):
     """The report, after a look that it can be printed and shown."""
-    report = doctor.examine(folder, **{"rule": RULE} | options)
+    report = examination.examine(folder, **{"rule": RULE} | options)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     lines = screen.render(report).splitlines()
     assert len(lines) <= 40 and max(map(columns, lines), default=0) <= 100
@@ -172,7 +173,7 @@ def test_wrong_pictures_are_counted_by_record(tmp_path):
 
     broken = write(tmp_path / "broken", splits={"train": 30}, pictures=pictures)
     report = examine(broken, deep=True)
-    assert report["problem_counts"] == {"picture": 16} and len(report["problems"]) == doctor.SHOWN
+    assert report["problem_counts"] == {"picture": 16} and len(report["problems"]) == examination.SHOWN
     assert "picture in record 1 of " in messages(report)[0]
     assert any(
         "picture in record 4 of" in m and "72 x 64 pixels, stated are 64" in m for m in messages(report)

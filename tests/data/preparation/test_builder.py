@@ -2,8 +2,8 @@
 """A data set through TFDS's own builder holds what `prepare` writes."""
 
 from tests.data import raw
-from vlp_jax.data import builder, writer
 from vlp_jax.data.datasets import coco
+from vlp_jax.data.preparation import builder, writer
 
 
 def test_tfds_builds_the_same_records(tmp_path):

@@ -15,7 +15,8 @@ from configs import vilt
 from tests.data import prepared
 from vlp_jax import cli
 from vlp_jax import doctor as command
-from vlp_jax.data import browse, image, pipeline
+from vlp_jax.data import image, pipeline
+from vlp_jax.data.inspection import browse
 from vlp_jax.data.source import Source
 from vlp_jax.data.text import Vocabulary
 from vlp_jax.types import UserError

@@ -12,8 +12,8 @@ import zlib
 import pytest
 
 from tests.data import raw
-from vlp_jax.data import writer
 from vlp_jax.data.datasets import Dropped, gcc, sbu, web_files
+from vlp_jax.data.preparation import writer
 from vlp_jax.types import UserError
 
 ROWS = 12

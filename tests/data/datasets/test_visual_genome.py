@@ -9,8 +9,9 @@ import shutil
 import pytest
 
 from tests.data import raw
-from vlp_jax.data import source, writer
+from vlp_jax.data import source
 from vlp_jax.data.datasets import Dropped, published, visual_genome
+from vlp_jax.data.preparation import writer
 from vlp_jax.types import UserError
 
 URL = "https://cs.stanford.edu/people/rak248/{}/{}.jpg"

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from vlp_jax.data import assembly
-from vlp_jax.data.assembly import Order, source_entries
+from vlp_jax.data.preparation import assembly
+from vlp_jax.data.preparation.assembly import Order, source_entries
+from vlp_jax.data.preparation.workers import processes, progress
 from vlp_jax.data.source import MANIFEST, stored
-from vlp_jax.data.workers import processes, progress
 from vlp_jax.files import digest, save
 from vlp_jax.types import ENVIRONMENT, UserError, closest
 

@@ -16,7 +16,7 @@ import os
 import stat
 from pathlib import Path
 
-from vlp_jax.data import containers
+from vlp_jax.data.preparation import containers
 
 MAX_BYTES = 2**26  # a worker holds a few copies
 

@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from vlp_jax.data import duplicates, statistics
+from vlp_jax.data.inspection import duplicates, statistics
 
 
 def test_no_value_is_no_overlap():

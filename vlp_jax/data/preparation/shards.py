@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes one ArrayRecord shard, whole or not at all: the work of one process of data/writer.py."""
+"""Writes one ArrayRecord shard, whole or not at all: the work of one process of data/preparation/writer.py."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from vlp_jax.data import record
 from vlp_jax.data.datasets import Dropped
+from vlp_jax.data.preparation import completion
 from vlp_jax.files import digest, save
 from vlp_jax.types import ENVIRONMENT, UserError
 
@@ -124,7 +125,7 @@ def _write(job: Job, lines: list[bytes], path: Path, columns: Path) -> dict:
 def _example(entry: dict, job: Job, changed: collections.Counter) -> dict | Dropped:
     if "reason" in entry:  # the data set itself had nothing better to say
         return Dropped(**entry)
-    completed = record.complete(entry, Path(job.source), job.fields, upright=job.upright)
+    completed = completion.complete(entry, Path(job.source), job.fields, upright=job.upright)
     changed.update(completed.changes)
     return completed.example
 

@@ -19,7 +19,8 @@ from PIL import Image, ImageOps
 
 from tests.data import corpus
 from tests.data.corpus import chunk, digest, encode, photograph, png
-from vlp_jax.data import admission, image
+from vlp_jax.data import image
+from vlp_jax.data.preparation import admission
 
 DRAW = np.random.default_rng(0)
 NOISE = DRAW.integers(0, 256, (19, 27, 4), np.uint8)
@@ -330,12 +331,12 @@ def test_pil_is_left_as_it_was():
 from PIL import Image, ImageFile
 before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, ImageFile.MAXBLOCK
 from tests.data import corpus
-from vlp_jax.data import admission
+from vlp_jax.data.preparation import admission
 for content in corpus.good().values():
     admission.admit(content, upright=True)
 assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, ImageFile.MAXBLOCK)
 """
-    root = corpus.Path(__file__).resolve().parents[2]
+    root = corpus.Path(__file__).resolve().parents[3]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], cwd=root, capture_output=True, text=True
     )

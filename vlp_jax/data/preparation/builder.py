@@ -13,6 +13,7 @@ from typing import Any
 
 from vlp_jax.data import record
 from vlp_jax.data.datasets import Dropped
+from vlp_jax.data.preparation import completion
 
 
 def builder(module: ModuleType, source: str | Path, data_dir: str | Path, **options: Any):
@@ -55,7 +56,7 @@ def builder(module: ModuleType, source: str | Path, data_dir: str | Path, **opti
 
         def _generate_examples(self, members: list[dict]) -> Iterator[tuple[int, dict]]:
             for number, entry in enumerate(members):
-                example = record.complete(entry, source, fields, upright=module.UPRIGHT).example
+                example = completion.complete(entry, source, fields, upright=module.UPRIGHT).example
                 if not isinstance(example, Dropped):
                     yield number, example
 

@@ -18,7 +18,8 @@ from PIL import Image
 from vlp_jax.data import record
 from vlp_jax.data.datasets import Dropped, folder
 from vlp_jax.data.datasets.folder_columns import COLUMNS
-from vlp_jax.data.workers import processes
+from vlp_jax.data.preparation import completion
+from vlp_jax.data.preparation.workers import processes
 from vlp_jax.types import UserError
 
 
@@ -299,7 +300,7 @@ def test_bytes_that_are_not_utf_8_in_names_and_texts(tmp_path):
     entries, _ = listed(tmp_path, table="a.csv")
     fields = record.stored_fields({"captions"})
     for _, entry in entries.values():
-        kept = record.complete(json.loads(json.dumps(entry)), tmp_path, fields, upright=True)
+        kept = completion.complete(json.loads(json.dumps(entry)), tmp_path, fields, upright=True)
         assert isinstance(kept.example, Dropped) and "UTF-8" in kept.example.reason
     row = {
         "image": "good.png",
@@ -307,7 +308,7 @@ def test_bytes_that_are_not_utf_8_in_names_and_texts(tmp_path):
         "image_key": 1,
         "captions": [b"t\xe9".decode(errors="surrogateescape"), "tea"],
     }
-    assert record.complete(row, tmp_path, fields, upright=True).example["captions"] == ["tea"]
+    assert completion.complete(row, tmp_path, fields, upright=True).example["captions"] == ["tea"]
 
 
 def splits(place, **options):

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlp_jax.data import source, text, writer
+from vlp_jax.data import source, text
 from vlp_jax.data.datasets import scenes, scenes_picture, scenes_text, scenes_world
+from vlp_jax.data.preparation import writer
 from vlp_jax.types import UserError
 
 COUNTS = {"train": 600, "validation": 60, "test": 120}

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from tests.data import raw
-from vlp_jax.data import assembly, shards, source, text, writer
+from vlp_jax.data import source, text
 from vlp_jax.data.datasets import coco, scenes
+from vlp_jax.data.preparation import assembly, shards, writer
 from vlp_jax.types import UserError
 
 

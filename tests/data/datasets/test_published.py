@@ -9,7 +9,8 @@ import random
 
 import pytest
 
-from tests.data import raw, test_visual_genome
+from tests.data import raw
+from tests.data.datasets import test_visual_genome
 from vlp_jax.data.datasets import Dropped, coco, flickr30k, gcc, published, sbu, visual_genome
 from vlp_jax.types import UserError
 

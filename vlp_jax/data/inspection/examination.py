@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data import duplicates, image, intact, order, statistics
+from vlp_jax.data import image, order
+from vlp_jax.data.inspection import duplicates, intact, statistics
 from vlp_jax.data.source import AGAIN, stored
 from vlp_jax.data.text import Vocabulary
 from vlp_jax.files import digest

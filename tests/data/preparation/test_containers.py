@@ -11,7 +11,8 @@ import pytest
 
 from tests.data import corpus
 from tests.data.corpus import chunk, digest, png
-from vlp_jax.data import admission, containers, image
+from vlp_jax.data import image
+from vlp_jax.data.preparation import admission, containers
 
 NOISE = np.random.default_rng(0).integers(0, 256, (19, 27, 3), np.uint8)
 
@@ -74,7 +75,7 @@ import os, resource, sys, time, zlib
 sys.path.insert(0, sys.argv[1])
 from tests.data import corpus
 from tests.data.corpus import assemble, chunk, encode, photograph
-from vlp_jax.data import admission
+from vlp_jax.data.preparation import admission
 
 bomb = zlib.compress(bytes(2**28), 9)  # 256 MB in 260 kB
 plain = zlib.compress(bytes(6 * 16))
@@ -116,7 +117,7 @@ print("grown", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 
 
 
 def test_bombs_cost_neither_time_nor_memory():
-    root = str(corpus.Path(__file__).resolve().parents[2])
+    root = str(corpus.Path(__file__).resolve().parents[3])
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", HOSTILE, root], capture_output=True, text=True
     )
