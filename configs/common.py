@@ -31,6 +31,9 @@ def get_config() -> ConfigDict:
     data.patch_size = 32  # pixels
     data.max_patches = 0  # patch slots of a picture; 0 = as many as the resize rule can give
     data.buckets = ()  # patch slots that a batch may have, e.g. (192, 216, 228): less padding, a program each; () = one
+    data.randaugment = ()  # (operations a picture, magnitude to 30), e.g. (2, 9); () = off
+    data.crop = ()  # least and greatest share of the area of a random crop, made a square of image_size; () = off
+    data.flip = 0.0  # share of pictures that are mirrored; never one whose text says left or right
     data.mask_rate = 0.15  # of the word pieces, for masked language modelling
     data.mask_counts_padding = False  # ViLT's quirk: padding takes part in whole-word masking
     data.threads = 0  # decoding threads; 0 = tf.data decides

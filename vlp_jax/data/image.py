@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data import order
+from vlp_jax.data import order, resample
 from vlp_jax.types import UserError
 
 _SAMPLE = 0x5A  # separates this use of a draw from others
 JPEG_MAGIC = b"\xff\xd8"
+_CONTEXT = 16  # pixels: the largest block that a JPEG is coded in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Layout:
 
 
 def layout(data: Any) -> Layout:
-    """Reads `config.data`: image_size, image_limit, patch_size, max_patches.
+    """Reads `config.data`: image_size, image_limit, patch_size, max_patches, crop.
 
     Raises:
         UserError: sizes that are not positive or not multiples of the patch.
@@ -50,6 +51,8 @@ def layout(data: Any) -> Layout:
             f"Possible near it: {near}. Change one of the two."
         )
     longer = int(data.image_limit) or int(1333 / 800 * size)
+    if data.crop:
+        longer = size  # crops become squares
     if longer < patch or data.max_patches < 0:
         raise UserError(
             f"data.image_limit={data.image_limit} and data.max_patches={data.max_patches} leave no patch of "
@@ -120,38 +123,40 @@ def plan(height: np.ndarray, width: np.ndarray, draw: np.ndarray, rule: Layout) 
     }
 
 
-def decode(contents):
+def decode(contents, box=None):
     """Decodes JPEG, PNG, GIF (first frame), WebP or BMP to uint8 [height, width, 3], equal to PIL's RGB.
 
     A tensorflow function, eager or not. The accurate DCT is what PIL and OpenCV use; tensorflow's
     default differs by up to 21 levels. The EXIF orientation is ignored, as by PIL.
-    """
-    import tensorflow as tf
-
-    picture = tf.cond(
-        tf.strings.substr(contents, 0, 2) == JPEG_MAGIC,
-        lambda: tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE"),
-        lambda: tf.io.decode_image(contents, channels=3, expand_animations=False),
-    )
-    return tf.ensure_shape(picture, [None, None, 3])
-
-
-def resize(picture, size):
-    """Bicubic with antialiasing, rounded to uint8; a picture that has the size already is passed through.
-
-    Differs from PIL's by 0.2 levels on average, because PIL also rounds between its two passes.
 
     Args:
-        picture: uint8 [height, width, 3].
-        size: int32 [2], height and width in pixels.
+        contents: bytes.
+        box: int32 [4], top, left, height and width of the part wanted; None = all. The rest of a JPEG is skipped
+            where possible, to the same pixels.
     """
     import tensorflow as tf
 
-    def resampled():
-        values = tf.image.resize(picture, size, method="bicubic", antialias=True)
-        return tf.cast(tf.clip_by_value(tf.round(values), 0.0, 255.0), tf.uint8)
+    options = {"channels": 3, "dct_method": "INTEGER_ACCURATE"}
 
-    return tf.cond(tf.reduce_all(tf.shape(picture)[:2] == size), lambda: picture, resampled)
+    def jpeg():
+        if box is None:
+            return tf.io.decode_jpeg(contents, **options)
+        # The colours of a pixel depend on its neighbours', so some of them are decoded with it.
+        whole = tf.io.extract_jpeg_shape(contents)[:2]
+        first = tf.maximum(box[:2] - _CONTEXT, 0)
+        size = tf.minimum(box[:2] + box[2:] + _CONTEXT, whole) - first
+        larger = tf.io.decode_and_crop_jpeg(contents, tf.concat([first, size], 0), **options)
+        top, left = tf.unstack(box[:2] - first)
+        return larger[top : top + box[2], left : left + box[3]]
+
+    def other():
+        picture = tf.io.decode_image(contents, channels=3, expand_animations=False)
+        if box is None:
+            return picture
+        return picture[box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+
+    picture = tf.cond(tf.strings.substr(contents, 0, 2) == JPEG_MAGIC, jpeg, other)
+    return tf.ensure_shape(picture, [None, None, 3])
 
 
 def cut(picture, chosen, patch: int):
@@ -166,8 +171,17 @@ def cut(picture, chosen, patch: int):
     """
     import tensorflow as tf
 
-    patches = tf.reshape(tf.nn.space_to_depth(picture[None], patch), [-1, 3 * patch * patch])
-    return tf.gather(tf.pad(patches, [[0, 1], [0, 0]]), chosen)
+    # Lines of patches lie in one piece in the picture, so a gather of whole lines is the quickest way.
+    height, width = tf.shape(picture)[0], tf.shape(picture)[1]
+    columns = width // patch
+    lines = tf.reshape(picture, [height * columns, 3 * patch])
+    row, column = chosen // columns, chosen % columns
+    first = row * (patch * columns) + column
+    place = first[:, None] + tf.range(patch) * columns
+    empty = chosen >= height // patch * columns
+    lines = tf.concat([lines, tf.zeros([1, 3 * patch], tf.uint8)], 0)
+    place = tf.where(empty[:, None], height * columns, place)
+    return tf.reshape(tf.gather(lines, place), [-1, 3 * patch * patch])
 
 
 def load(contents: bytes, rule: Layout, draw: int = 0, name: str = "the picture") -> dict[str, np.ndarray]:
@@ -179,9 +193,11 @@ def load(contents: bytes, rule: Layout, draw: int = 0, name: str = "the picture"
     import tensorflow as tf
 
     picture = decoded(contents, name)
-    planned = plan(*(np.array([side]) for side in picture.shape[:2]), np.array([draw], np.uint32), rule)
-    size, chosen = planned.pop("size")[0], planned.pop("chosen")[0]
-    return planned | {"patches": cut(resize(tf.constant(picture), size), chosen, rule.patch).numpy()[None]}
+    before = np.array([picture.shape[:2]])
+    planned = plan(*before.T, np.array([draw], np.uint32), rule)
+    steps = (step[0] for step in resample.plan(before, planned.pop("size")).values())
+    resized = resample.resize(tf.constant(picture), *steps)
+    return planned | {"patches": cut(resized, planned.pop("chosen")[0], rule.patch).numpy()[None]}
 
 
 def decoded(contents: bytes, name: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data import corrupt, image, order
+from vlp_jax.data import augment, corrupt, image, order
 from vlp_jax.data import spec as specification
 from vlp_jax.data.facts import load_vocabulary
 from vlp_jax.data.rows import Chooser, Rows
@@ -21,7 +21,6 @@ from vlp_jax.data.source import Source, open_sources
 from vlp_jax.types import UserError
 
 _READ = ("image", "captions")  # of a record
-_FOR_PICTURES = ("contents", "size", "chosen")  # what the decoding needs, next to the keys of a batch
 
 
 def batches(
@@ -79,9 +78,9 @@ def evaluation_batches(
 
 
 def evaluation_config(config: Any) -> Any:
-    """Returns a copy with the mask rate and the patch slots of evaluation: what `spec` needs for its batches."""
+    """Returns a copy for evaluation, its mask rate and patch slots, pictures as they are: what `spec` needs."""
     config = config.copy_and_resolve_references()
-    config.data.buckets = ()
+    config.data.update(buckets=(), randaugment=(), crop=(), flip=0.0)
     config.data.mask_rate = config.evaluation.mask_rate
     if config.evaluation.max_patches >= 0:
         config.data.max_patches = config.evaluation.max_patches
@@ -103,6 +102,7 @@ class _Maker:
     def __init__(self, config: Any, split: str):
         self.config, self.data = config, config.data
         self.rule = image.layout(config.data)
+        self.changes = augment.rule(config.data)
         specification.spec(config, 1)  # refuses what does not fit before files are opened
         self.sources = open_sources(config.data.dir, split)
         self.chooser = Chooser(config, self.sources)
@@ -113,7 +113,7 @@ class _Maker:
         return self.sources[number][1]
 
     def make(self, rows: Rows, slots: int, seed: int) -> dict[str, np.ndarray]:
-        """Everything of a batch but the pixels, and the bytes, sizes and chosen patches of its pictures."""
+        """Everything of a batch but the pixels, the bytes of its pictures, and what is to be done to them."""
         count = len(rows.record)
         contents, texts = np.empty(count, object), [""] * count
         height, width, pair = (np.empty(count, np.int64) for _ in range(3))
@@ -138,7 +138,8 @@ class _Maker:
         ids = {"example_id": pair, "image_id": rows.record, "source_id": rows.source}
         ids = {key: np.where(rows.real, value, -1).astype(np.int32) for key, value in ids.items()}
         rule = dataclasses.replace(self.rule, slots=slots)
-        return encoded | masks | ids | image.plan(height, width, rows.draw, rule) | {"contents": contents}
+        pictures = augment.plan(self.changes, rule, rows.draw, height, width, texts)
+        return encoded | masks | ids | pictures | {"contents": contents}
 
     def stream(
         self, rows: Callable[[int], tuple[Rows, int]], start: int, stop: int | None, share: int, seed: int
@@ -172,8 +173,8 @@ class _Maker:
             }
 
         def picture_part(row):
-            contents, size, chosen = (row.pop(key) for key in _FOR_PICTURES)
-            patches = image.cut(image.resize(image.decode(contents), size), chosen, self.rule.patch)
+            chosen, plan = row.pop("chosen"), {key: row.pop(key) for key in augment.keys(self.changes)}
+            patches = image.cut(augment.apply(plan, self.changes), chosen, self.rule.patch)
             return row | {"patches": tf.ensure_shape(patches, [None, 3 * self.rule.patch**2])}
 
         options = tf.data.Options()
@@ -198,7 +199,8 @@ class _Maker:
         for key in ("patch_positions", "patch_mask"):
             kind, (rows, _, *rest) = types[key]
             types[key] = kind, (rows, None, *rest)
-        types |= {"contents": (tf.string, (share,)), "size": (tf.int32, (share, 2))}
+        for key, (kind, shape) in augment.keys(self.changes).items():
+            types[key] = (tf.string if kind is object else tf.as_dtype(kind)), (share, *shape)
         return types | {"chosen": (tf.int32, (share, None))}
 
     def _checked(self, running, rows, step: int, share: int) -> Iterator[dict[str, np.ndarray]]:

@@ -69,6 +69,11 @@ class Chooser:
         self._batch_size = config.train.batch_size
         self._plan = None
         if sizes := buckets.check(data.buckets, self._rule):
+            if data.crop:
+                raise UserError(
+                    f"data.buckets={tuple(data.buckets)} and data.crop={tuple(data.crop)} exclude each other: crops all "
+                    "have the same number of patches. Set one of them to ()."
+                )
             self._plan = buckets.Buckets(
                 sizes, self._batch_size, sum(self._sizes), config.seed, self._patches
             )
