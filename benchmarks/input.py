@@ -273,7 +273,10 @@ def scaling(task: Task) -> Iterator[Table]:
 def first(task: Task) -> Iterator[Table]:
     """Seconds to the first batch far into a large set; every repetition in a new process."""
     target, batch = task.folder / "many", task.flags.batch
-    pairs = input_data.many_pairs(task.scenes(), target, task.flags.pairs)
+    small = task.folder / "plain"
+    input_data.plain(small)
+    input_data.run(input_data.prepare_folder(small, task.folder / "plain.prepared", workers=1))
+    pairs = input_data.many_pairs(task.folder / "plain.prepared", target, task.flags.pairs)
     kinds = {"one shape": {}} | ({"buckets": {"buckets": SLOTS}} if has("buckets") else {})
     if "buckets" not in kinds:
         say("no data.buckets in the config: the row with buckets is left out")
@@ -291,7 +294,7 @@ def first(task: Task) -> Iterator[Table]:
     load = watch.load()
     timings = [Timing(name, tuple(wall[name]), tuple(cpu[name])) for name in kinds]
     what = (
-        f"start={task.flags.pairs // batch} x {batch} of {pairs:,} pairs of scenes at 384 pixels, without imports, "
+        f"start={task.flags.pairs // batch} x {batch} of {pairs:,} pairs of plain pictures at 384 pixels, without imports, "
         f"{task.flags.repeats} processes each"
     )
     yield "first batch", what, measure.table(timings, "one shape"), load

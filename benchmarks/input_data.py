@@ -22,8 +22,8 @@ QUALITY = 96
 NOISE = 3.0  # levels, so that no two files are equal; more would make files larger than photographs are
 TABLE, VOCABULARY = "captions.csv", "vocab.txt"
 WORDS = ("a", "photograph", "number", "of", "many", ".")
-# Height and width of what the records of `many_pairs` claim to be, about as COCO's: 192 to 228 patches at 384.
-CLAIMED = ((480, 640), (427, 640), (640, 480), (375, 500), (640, 427), (333, 500), (612, 612), (480, 640))
+# Height and width of `plain` pictures, about as COCO's: 192 to 228 patches at 384.
+SIDES = ((480, 640), (427, 640), (640, 480), (375, 500), (640, 427), (333, 500), (612, 612), (480, 640))
 
 
 def photographs(source: Path, count: int, originals: Sequence[Path]) -> None:
@@ -46,6 +46,11 @@ def photographs(source: Path, count: int, originals: Sequence[Path]) -> None:
             picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             picture.save(source / name, "JPEG", quality=QUALITY)
             table.writerow([name, f"a photograph of many, number {number}.", "train"])
+    write_vocabulary(source)
+
+
+def write_vocabulary(source: Path) -> None:
+    """A vocab.txt that knows the words of the captions."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", *WORDS, *"0123456789"]
     pieces += [f"##{digit}" for digit in "0123456789"]
     (source / VOCABULARY).write_text("\n".join(pieces) + "\n", encoding="utf-8")
@@ -65,6 +70,25 @@ def _drawn(number: int):
         colour = tuple(draw.integers(0, 256, 3).tolist())
         pen.ellipse([left, top, left + wide, top + tall], fill=colour)
     return picture
+
+
+def plain(source: Path, count: int = 256, captions: int = 5) -> None:
+    """Writes `count` JPEGs of COCO's sizes and one color each, with captions, as `prepare folder` reads them."""
+    from PIL import Image
+
+    source.mkdir(parents=True)
+    with (source / TABLE).open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption", "split"])
+        for number in range(count):
+            height, width = SIDES[number % len(SIDES)]
+            color = (number, number // 3, 255 - number)
+            Image.new("RGB", (width, height), color).save(source / f"{number:06d}.jpg", "JPEG")
+            rows = [
+                (f"{number:06d}.jpg", f"number {number}, text {text}", "train") for text in range(captions)
+            ]
+            table.writerows(rows)
+    write_vocabulary(source)
 
 
 def part(whole: Path, target: Path, count: int) -> None:
@@ -102,7 +126,7 @@ def run(command: Sequence[str]) -> None:
 def many_pairs(small: Path, target: Path, pairs: int) -> int:
     """Writes a prepared directory whose manifest lists the one train shard of `small` until there are `pairs`.
 
-    The shard is there once, by link; the index is as large as that of so many records, with sizes like COCO's.
+    The shard is there once, by link; the index is as large as that of so many records.
 
     Returns:
         pairs that it states: `pairs`, rounded up to whole shards.
@@ -114,9 +138,6 @@ def many_pairs(small: Path, target: Path, pairs: int) -> int:
     times = -(-pairs // split["pairs"])
     with np.load(small / split["index"]["file"]) as columns:
         index = {name: np.tile(column, times) for name, column in columns.items()}
-    for axis, name in enumerate(("height", "width")):
-        claimed = np.array(CLAIMED)[:, axis].astype(index[name].dtype)
-        index[name] = np.resize(claimed, len(index[name]))
     path = target / split["index"]["file"]
     np.savez(path, **index)
     content = path.read_bytes()

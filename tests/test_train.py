@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.data import prepared
 from vlp_jax import cli, train
 from vlp_jax.training.checkpoint import open_for_inference
 
@@ -234,3 +235,34 @@ def test_a_full_disk_is_one_message_and_leaves_no_checkpoint(scenes_dir, tmp_pat
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert not list((tmp_path / "run").glob("checkpoints/*/digests*"))
+
+
+@pytest.mark.slow
+def test_a_mixture_in_buckets_goes_on_to_the_bit(tmp_path, capsys, caplog):
+    one = prepared.write(tmp_path / "one", splits={"train": 40, "validation": 8}, sizes=((64, 64), (64, 112)))
+    two = prepared.write(
+        tmp_path / "two", splits={"train": 8, "validation": 8}, sizes=((112, 64),), name="other",
+        vocabulary=one / "vocabulary.model",
+    )  # fmt: skip
+    more = (
+        "--config.train.steps=8", "--config.checkpoint.every=4", "--config.checkpoint.keep=5",
+        "--config.data.max_patches=0", "--config.data.buckets=(16,24)", "--config.data.image_limit=96",
+    )  # fmt: skip
+    given = arguments(f"one={one}:3,two={two}:1", tmp_path / "calm", *more)
+    assert in_process(capsys, *given)[0] == 0
+    said = caplog.text
+    assert said.count("train step compiled") == 2, said
+    assert "data one: 40 pictures, 79 pairs of train, 100.00% of the source alive; two: 8 pictures" in said
+    shutil.copytree(tmp_path / "calm", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/checkpoints/8")
+    assert in_process(capsys, *(word.replace("calm", "again") for word in given))[0] == 0
+    assert "resumed from step 4" in caplog.text
+    assert lines(tmp_path / "again", "train/") == lines(tmp_path / "calm", "train/")
+    values = [line for line in lines(tmp_path / "calm", "train/") if "train/loss" in line]
+    named = {f"train/{what}/{name}" for what in ("mlm", "itm", "share") for name in ("one", "two")}
+    assert named <= {key for line in values for key in line}
+    assert min(line["train/padding/patch"] for line in values) == 0.0
+    shares = [line["train/share/two"] for line in values]
+    assert 0.05 < sum(shares) / len(shares) < 0.5
+    kept = {path.name for path in (tmp_path / "calm/checkpoints/8/assets").iterdir()}
+    assert kept == {"one.manifest.json", "two.manifest.json", "vocabulary.model"}

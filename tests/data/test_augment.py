@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
-from vlp_jax.data import augment, image, order, randaugment
+from vlp_jax.data import augment, image, order, randaugment, resample
 from vlp_jax.types import UserError
 
 LAYOUT = image.Layout(384, 639, 32, 228)
@@ -98,7 +98,7 @@ def test_operation_on_photographs(photographs, operate, operation):
             np.testing.assert_array_equal(ours, expected, err_msg=f"{picture.size} {sign}")
 
 
-@pytest.mark.parametrize("magnitude", [0, 1, 7, 9, 17.5, 30])
+@pytest.mark.parametrize("magnitude", [0, 7, 9, 17.5, 30])
 def test_operations_on_odd_pictures(operate, magnitude):
     for operation in randaugment.OPERATIONS:
         for pixels in odd_pictures():
@@ -239,6 +239,18 @@ def make(contents, given, draw, sizes, texts):
     return planned, list(dataset.map(lambda row: augment.apply(row, given)).as_numpy_iterator())
 
 
+def resized(picture, tall, wide, mirrored):
+    """Ours, which may differ from PIL's by one level; what comes after would enlarge that."""
+    before, after = np.array([picture.size[::-1]]), np.array([[tall, wide]])
+    steps = (step[0] for step in resample.plan(before, after, np.array([mirrored])).values())
+    ours = resample.resize(tf.constant(np.asarray(picture)), *steps).numpy()
+    expected = picture.resize((wide, tall), Image.BICUBIC)
+    if mirrored:
+        expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert np.abs(ours.astype(int) - np.asarray(expected)).max() <= 1
+    return Image.fromarray(ours)
+
+
 RULES = {
     "nothing": augment.Rule(),
     "vilt": augment.Rule(2, 9.0),
@@ -276,9 +288,7 @@ def test_whole_way_against_pil(realdata, name):
         else:
             picture = augmented(picture, row)
         tall, wide = planned["size"][row].tolist()
-        picture = picture.resize((wide, picture.height), Image.BICUBIC).resize((wide, tall), Image.BICUBIC)
-        if mirrored[row]:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        picture = resized(picture, tall, wide, mirrored[row])
         if given.crop:
             assert (tall, wide) == (384, 384)
             picture = augmented(picture, row)

@@ -258,6 +258,20 @@ def test_a_picture_that_does_not_decode_is_named(config, directory, tmp_path):
         take(pipeline.batches(config), 20)
 
 
+def test_a_picture_of_another_size_than_stated_is_named(config, directory, tmp_path):
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    index = copy / "train.index.npz"
+    with np.load(index) as arrays:
+        columns = dict(arrays)
+    columns["width"][3] += 9
+    np.savez(index, **columns)
+    config.data.dir = str(copy)
+    with pytest.raises(
+        UserError, match=r"picture in record 3 of .* has 64 x 64 pixels; the index states 64 x 73"
+    ):
+        take(pipeline.batches(config), 20)
+
+
 def test_bad_requests_are_refused_at_once(config, directory, tmp_path):
     def refused(words, **changes):
         for key, value in changes.items():

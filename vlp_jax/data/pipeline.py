@@ -17,7 +17,7 @@ from vlp_jax.data import augment, corrupt, image, order
 from vlp_jax.data import spec as specification
 from vlp_jax.data.facts import load_vocabulary
 from vlp_jax.data.rows import Chooser, Rows
-from vlp_jax.data.source import Source, open_sources
+from vlp_jax.data.source import AGAIN, Source, open_sources
 from vlp_jax.types import UserError
 
 _READ = ("image", "captions")  # of a record
@@ -172,6 +172,7 @@ class _Maker:
                 for (key, (_, shape)), tensor in zip(types.items(), tensors, strict=True)
             }
 
+        @tf.autograph.experimental.do_not_convert
         def picture_part(row):
             chosen, plan = row.pop("chosen"), {key: row.pop(key) for key in augment.keys(self.changes)}
             patches = image.cut(augment.apply(plan, self.changes), chosen, self.rule.patch)
@@ -224,4 +225,11 @@ class _Maker:
         rows, slots = chosen
         contents = self.make(rows, slots, 0)["contents"]
         for number, record, content in zip(rows.source, rows.record, contents, strict=True):
-            image.decoded(content, f"The picture in {self.source(number).where(record)}")
+            source = self.source(number)
+            found = image.decoded(content, f"The picture in {source.where(record)}").shape[:2]
+            stated = (int(source.heights[record]), int(source.widths[record]))
+            if found != stated:
+                raise UserError(
+                    f"The picture in {source.where(record)} has {found[0]} x {found[1]} pixels; the index states "
+                    f"{stated[0]} x {stated[1]}. {AGAIN}"
+                )

@@ -11,6 +11,8 @@ import functools
 
 import numpy as np
 
+from vlp_jax.data import randaugment_geometry as geometry
+
 OPERATIONS = (
     "AutoContrast",
     "Equalize",
@@ -40,6 +42,8 @@ _RANGES = {  # value at magnitudes 0 and 30: degrees, bits, levels, factor, slop
 _FIXED = 65536.0  # PIL's nearest affine transform counts in 2^-16 pixels
 _GREY = np.array([19595, 38470, 7471]) / 65536  # PIL's L; sums of 24 bits are exact in float32
 _MARGIN = 2.0**-10  # many times the rounding of a float32 below 512
+_TRIPLES = 256  # of pairs in a row
+_LOW, _HIGH = (0, 2, 1), (1, 0, 2)  # channels of the three kinds of pairs; each is its own inverse
 _PIXELS = 16  # in a row of the matrix products
 _SMOOTH = 13  # sum of the weights of PIL's SMOOTH filter: 1, and 5 in the middle
 
@@ -112,7 +116,7 @@ def apply(picture, operation, matrix, magnitude: float):
     branches = {
         "AutoContrast": lambda: auto_contrast(picture),
         "Equalize": lambda: equalize(picture),
-        "Rotate": lambda: rotate(picture, matrix),
+        "Rotate": lambda: geometry.rotate(picture, matrix),
         "Posterize": lambda: posterize(picture, bits),
         "Solarize": lambda: solarize(picture, value("Solarize", magnitude)),
         "SolarizeAdd": lambda: solarize_add(picture, int(value("SolarizeAdd", magnitude))),
@@ -120,10 +124,10 @@ def apply(picture, operation, matrix, magnitude: float):
         "Contrast": lambda: contrast(picture, factor),
         "Brightness": lambda: brightness(picture, factor),
         "Sharpness": lambda: sharpness(picture, factor),
-        "ShearX": lambda: shear_rows(picture, matrix),
-        "ShearY": lambda: shear_columns(picture, matrix),
-        "TranslateX": lambda: translate_rows(picture, matrix),
-        "TranslateY": lambda: translate_columns(picture, matrix),
+        "ShearX": lambda: geometry.shear_rows(picture, matrix),
+        "ShearY": lambda: geometry.shear_columns(picture, matrix, value("Shear", magnitude)),
+        "TranslateX": lambda: geometry.translate_rows(picture, matrix),
+        "TranslateY": lambda: geometry.translate_columns(picture, matrix),
     }
     assert tuple(branches) == OPERATIONS
     return tf.ensure_shape(tf.switch_case(operation, list(branches.values())), [None, None, 3])
@@ -228,22 +232,25 @@ def contrast(picture, factor: float):
     import tensorflow as tf
 
     shape = tf.shape(picture)
-    rows = tf.reduce_sum(_levels(picture)[1], 1)  # below 2^24: exact
+    level, grey = _levels(picture)
+    rows = tf.reduce_sum(grey, 1)  # below 2^24: exact
     total = tf.reduce_sum(tf.cast(rows, tf.float64))
     mean = tf.floor(total / tf.cast(shape[0] * shape[1], tf.float64) + 0.5)
-    return _mixed(picture, factor, tf.cast(mean, tf.int32))
+    return _picture(_mixed(level, factor, tf.cast(mean, tf.int32)), shape)
 
 
 def brightness(picture, factor: float):
     """Blends with black."""
-    return _mixed(picture, factor, 0)
-
-
-def _mixed(picture, factor: float, grey):
-    """Blends with one grey level, an int or int32 []."""
     import tensorflow as tf
 
-    level, table = tf.cast(picture, tf.float32), offsets(factor)
+    return _mixed(tf.cast(picture, tf.float32), factor, 0)
+
+
+def _mixed(level, factor: float, grey):
+    """Blends float32 levels with one grey level, an int or int32 []; to uint8."""
+    import tensorflow as tf
+
+    table = offsets(factor)
     if table is None:
         return _blend(tf.cast(grey, tf.float32), level, factor)
     mixed = level * np.float32(factor) + tf.gather(table, grey)
@@ -276,19 +283,16 @@ def sharpness(picture, factor: float):
     import tensorflow as tf
 
     shape = tf.shape(picture)
-    flat = tf.reshape(picture, [shape[0], shape[1] * 3])
-
-    def smoothed():
-        level = tf.cast(flat, tf.uint16)
-        three = level[:-2] + level[1:-1] + level[2:]
-        total = three[:, :-6] + three[:, 3:-3] + three[:, 6:] + level[1:-1, 3:-3] * tf.constant(4, tf.uint16)
-        mean = tf.floor(tf.cast(total, tf.float32) * np.float32(1 / _SMOOTH) + 0.5)
-        inner = _blend(mean, tf.cast(flat[1:-1, 3:-3], tf.float32), factor)
-        middle = tf.concat([flat[1:-1, :3], inner, flat[1:-1, -3:]], 1)
-        return tf.concat([flat[:1], middle, flat[-1:]], 0)
-
-    large = tf.reduce_min(shape[:2]) > 2
-    return tf.reshape(tf.cond(large, smoothed, lambda: flat), shape)
+    weights = np.ones((3, 3, 3, 1)) / _SMOOTH
+    weights[1, 1] *= 5
+    level = tf.cast(picture, tf.float32)[None]
+    # A thirteenth is never half-way between two levels, so what float32 rounds off does not count.
+    mean = tf.round(tf.nn.depthwise_conv2d(level, weights.astype(np.float32), [1, 1, 1, 1], "SAME"))
+    flat, mixed = (
+        tf.reshape(each, [shape[0], shape[1] * 3]) for each in (picture, _blend(mean, level, factor))
+    )
+    middle = tf.concat([flat[1:-1, :3], mixed[1:-1, 3:-3], flat[1:-1, 3:][:, -3:]], 1)
+    return tf.reshape(tf.concat([flat[:1], middle, flat[1:][-1:]], 0), shape)
 
 
 def auto_contrast(picture):
@@ -306,7 +310,8 @@ def auto_contrast(picture):
         )
         offset = tf.where(stays, tf.zeros_like(low), -low * scale)
         table = tf.range(256, dtype=tf.float64) * scale[:, None] + offset[:, None]
-        return _looked_up(_places(picture), tf.clip_by_value(table, 0.0, 255.0), tf.shape(picture))
+        table = tf.cast(tf.clip_by_value(table, 0.0, 255.0), tf.uint8)
+        return _looked_up(_pairs(picture), table, tf.shape(picture))
 
     return tf.cond(tf.reduce_all(stays), lambda: picture, stretched)
 
@@ -315,111 +320,38 @@ def equalize(picture):
     """Gives each channel a flat histogram, by `PIL.ImageOps.equalize`'s table."""
     import tensorflow as tf
 
-    place, empty = _places(picture), tf.zeros([0], tf.int32)
-    count = tf.raw_ops.DenseBincount(input=tf.reshape(place, [-1]), size=768, weights=empty)
-    count = tf.reshape(count, [3, 256])
+    pair, empty = _pairs(picture), tf.zeros([0], tf.int32)
+    count = tf.raw_ops.DenseBincount(input=tf.reshape(pair, [-1]), size=3 << 16, weights=empty)
+    count = tf.reshape(count, [3, 256, 256])
+    low, high = tf.reduce_sum(count, 1), tf.reduce_sum(count, 2)
+    count = tf.gather(low, _LOW) + tf.gather(high, _HIGH)
+    behind = (2 * tf.size(pair) - tf.size(picture)) // 3
+    count -= tf.pad(tf.fill([3, 1], behind), [[0, 0], [0, 255]])
     last = 255 - tf.argmax(tf.reverse(count > 0, [1]), 1, output_type=tf.int32)
     step = (tf.reduce_sum(count, 1) - tf.gather(count, last, batch_dims=1)) // 255
     before = tf.cumsum(count, 1, exclusive=True) + (step // 2)[:, None]
     table = tf.minimum(before // tf.maximum(step, 1)[:, None], 255)
     table = tf.where((step > 0)[:, None], table, tf.range(256)[None])
-    return _looked_up(place, table, tf.shape(picture))
+    return _looked_up(pair, tf.cast(table, tf.uint8), tf.shape(picture))
 
 
-def _places(picture):
-    """int32 [height, 3 width]: each level's place in a table of 3 x 256."""
+def _pairs(picture):
+    """int32 [n, 768]: each two neighbouring levels as a place in a table of 3 x 65,536, black pixels behind.
+
+    To count and to look up pairs takes half the time of single levels. By turns they are red and green, blue and
+    red, green and blue, the first one in the low byte.
+    """
     import tensorflow as tf
 
-    shape = tf.shape(picture)
-    channel = tf.tile(tf.constant([0, 256, 512]), shape[1:2])
-    return tf.cast(tf.reshape(picture, [shape[0], shape[1] * 3]), tf.int32) + channel
+    level = tf.reshape(_lined_up(picture, 6 * _TRIPLES), [-1, 3 * _TRIPLES, 2])
+    pair = tf.cast(tf.bitcast(level, tf.uint16), tf.int32)
+    return pair + np.tile(np.arange(3, dtype=np.int32) << 16, _TRIPLES)
 
 
-def _looked_up(place, table, shape):
-    """Replaces levels by a table [3, 256]. (gather_nd takes two thirds of gather's time.)"""
+def _looked_up(pair, table, shape):
+    """Replaces levels by a table, uint8 [3, 256]. (gather_nd takes two thirds of gather's time.)"""
     import tensorflow as tf
 
-    table = tf.reshape(tf.cast(table, tf.uint8), [-1])
-    return tf.reshape(tf.gather_nd(table, place[..., None]), shape)
-
-
-def rotate(picture, matrix):
-    """Takes for each pixel the nearest one under the map; outside is black."""
-    import tensorflow as tf
-
-    height, width = tf.unstack(tf.shape(picture)[:2])
-    x, y = tf.range(width)[None], tf.range(height)[:, None]
-    across = tf.bitwise.right_shift((matrix[1] * y + matrix[2]) + matrix[0] * x, 16)
-    down = tf.bitwise.right_shift((matrix[4] * y + matrix[5]) + matrix[3] * x, 16)
-
-    def margin(place, side):  # a map that is linear is farthest out in a corner
-        corners = tf.stack([place[0, 0], place[0, -1], place[-1, 0], place[-1, -1]])
-        return tf.maximum(-tf.reduce_min(corners), tf.reduce_max(corners) - side + 1)
-
-    aside, above = tf.maximum(margin(across, width), 0), tf.maximum(margin(down, height), 0)
-    framed, row = _framed(picture, aside, above)
-    return tf.gather_nd(framed, (down * row + across + (above * row + aside))[..., None])
-
-
-def _framed(picture, aside, above):
-    """The picture in a black frame, as a list of pixels [n, 3], and how many make a row."""
-    import tensorflow as tf
-
-    height, width = tf.unstack(tf.shape(picture)[:2])
-    row = width + 2 * aside
-    column, rows = tf.zeros([height, aside * 3], tf.uint8), tf.zeros([above, row * 3], tf.uint8)
-    wide = tf.concat([column, tf.reshape(picture, [height, width * 3]), column], 1)
-    return tf.reshape(tf.concat([rows, wide, rows], 0), [-1, 3]), row
-
-
-def shear_rows(picture, matrix):
-    """Moves each row by its own number of pixels."""
-    import tensorflow as tf
-
-    height, width = tf.unstack(tf.shape(picture)[:2])
-    shift = tf.bitwise.right_shift(matrix[1] * tf.range(height) + matrix[2], 16)
-    shift = tf.clip_by_value(shift, -width, width)
-    margin = tf.reduce_max(tf.abs(shift))
-    framed, row = _framed(picture, margin, 0)
-    # Parts of a string are copied in one piece, a seventh of the time of a gather. The levels stand at the end of
-    # what serialize_tensor writes.
-    text = tf.io.serialize_tensor(framed)
-    first = tf.strings.length(text) + ((tf.range(height) - height) * row + shift + margin) * 3
-    rows = tf.strings.substr(text, first, tf.fill([height], width * 3))
-    return tf.reshape(tf.io.decode_raw(rows, tf.uint8), [height, width, 3])
-
-
-def shear_columns(picture, matrix):
-    """Moves each column by its own number of pixels."""
-    import tensorflow as tf
-
-    height, width = tf.unstack(tf.shape(picture)[:2])
-    shift = tf.bitwise.right_shift(matrix[3] * tf.range(width) + matrix[5], 16)
-    shift = tf.clip_by_value(shift, -height, height)
-    margin = tf.reduce_max(tf.abs(shift))
-    framed, row = _framed(picture, 0, margin)
-    place = (tf.range(height) * row)[:, None] + ((shift + margin) * row + tf.range(width))[None]
-    return tf.gather_nd(framed, place[..., None])
-
-
-def translate_rows(picture, matrix):
-    """Moves the picture sideways."""
-    import tensorflow as tf
-
-    height, width = tf.unstack(tf.shape(picture)[:2])
-    shift = tf.clip_by_value(tf.bitwise.right_shift(matrix[2], 16), -width, width) * 3
-    left, right = tf.maximum(-shift, 0), tf.maximum(shift, 0)
-    kept = tf.reshape(picture, [height, width * 3])[:, right : width * 3 - left]
-    moved = tf.concat([tf.zeros([height, left], tf.uint8), kept, tf.zeros([height, right], tf.uint8)], 1)
-    return tf.reshape(moved, [height, width, 3])
-
-
-def translate_columns(picture, matrix):
-    """Moves the picture up or down."""
-    import tensorflow as tf
-
-    height, width = tf.unstack(tf.shape(picture)[:2])
-    shift = tf.clip_by_value(tf.bitwise.right_shift(matrix[5], 16), -height, height)
-    above, below = tf.maximum(-shift, 0), tf.maximum(shift, 0)
-    black = [tf.zeros([count, width, 3], tf.uint8) for count in (above, below)]
-    return tf.concat([black[0], picture[below : height - above], black[1]], 0)
+    low, high = (tf.cast(tf.gather(table, channels), tf.uint16) for channels in (_LOW, _HIGH))
+    both = tf.reshape(high[:, :, None] * tf.constant(256, tf.uint16) + low[:, None], [-1])
+    return _picture(tf.gather_nd(both, pair[..., None]), shape)
