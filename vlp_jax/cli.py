@@ -18,10 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # Before jax and tensorflow load their C++ parts, which read these once. What the user has set stands.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of 2, oneDNN says each time that it leaves uint8 alone
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-# tensorflow only reads data here; oneDNN would announce itself whatever the log level, and change the bits by CPU.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from absl import flags as absl_flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
