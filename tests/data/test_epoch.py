@@ -30,7 +30,11 @@ def directories(tmp_path_factory):
     return one, prepared.write(folder / "two", splits={"train": 9, "test": 4}, name="other", **given)
 
 
-@pytest.fixture(params=MODES)
+# Each stream with RandAugment traces its fourteen operations anew, which takes seconds.
+SLOW = [pytest.param(mode, marks=pytest.mark.slow) if mode.startswith("as ") else mode for mode in MODES]
+
+
+@pytest.fixture(params=SLOW)
 def config(request, directories):
     config = vilt.get_config("variant=tiny")
     one, two = directories
