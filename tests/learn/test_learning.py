@@ -36,7 +36,7 @@ def test_photographs_are_learned_by_heart(realdata, tmp_path, pictures, captions
     data, run = tmp_path / "data", tmp_path / "run"
     command(
         "prepare", "coco", f"--source={realdata / 'coco'}", f"--target={data}", f"--examples={pictures}",
-        f"--captions={captions}", "--same_splits", f"--vocabulary={realdata / 'bert-base-uncased-vocab.txt'}",
+        f"--captions={captions}", "--same_splits", f"--vocab={realdata / 'bert-base-uncased-vocab.txt'}",
     )  # fmt: skip
     command(
         "train", "--config=configs/vilt.py:variant=tiny", f"--config.data.dir={data}", f"--workdir={run}",

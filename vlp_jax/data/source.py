@@ -299,6 +299,6 @@ def open_sources(spec: str, split: str) -> list[tuple[str, Source, float]]:
         if source.manifest["vocabulary"]["sha256"] != first.manifest["vocabulary"]["sha256"]:
             raise UserError(
                 f"{first.vocabulary_path} and {source.vocabulary_path} differ. The sources of a mixture need one "
-                "vocabulary. Prepare them again with the same --vocabulary."
+                "vocabulary. Prepare them again with the same --vocab."
             )
     return [(name or source.manifest["dataset"], source, weight) for name, source, weight in opened]
