@@ -130,7 +130,7 @@ class Watch:
 
     def __init__(self, before: float):
         self._before, self._highest, self._known = before, before, 0.0
-        self._start = measure._others_clock()
+        self._start = measure.others_clock()
 
     def add(self, cpu: float) -> None:
         """Counts CPU-seconds of a process that we have started."""
@@ -139,7 +139,7 @@ class Watch:
 
     def load(self) -> Load:
         """The load of the time so far."""
-        end = measure._others_clock()
+        end = measure.others_clock()
         if self._start is None or end is None:
             return Load(self._before, self._highest, None)
         seconds = max(end[0] - self._start[0], 1e-9)

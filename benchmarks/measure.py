@@ -123,7 +123,7 @@ def compare(
         program.run()
         program.run()
     wall, cpu = ({program.name: [] for program in programs} for _ in range(2))
-    highest, start = before, _others_clock()
+    highest, start = before, others_clock()
     for repetition in range(repeats):
         for program in list(programs)[:: -1 if repetition % 2 else 1]:
             time.sleep(settle)
@@ -134,7 +134,7 @@ def compare(
             highest = max(highest, load_average())
         _say(f"repetition {repetition + 1} of {repeats}")
     timings = [Timing(p.name, tuple(wall[p.name]), tuple(cpu[p.name])) for p in programs]
-    return timings, Load(before, highest, _others_cores(start, _others_clock()))
+    return timings, Load(before, highest, _others_cores(start, others_clock()))
 
 
 def product_rate(size: int = 2048, tries: int = 20) -> float:
@@ -183,7 +183,7 @@ def _summary(timing: Timing) -> tuple[float, float, float]:
     return tuple(max(x, 1e-6) for x in (min(timing.wall), statistics.median(timing.wall), min(timing.cpu)))
 
 
-def _others_clock() -> tuple[float, float] | None:
+def others_clock() -> tuple[float, float] | None:
     """Seconds on the clock, and CPU-seconds that all but this process have used since the machine started."""
     try:
         words = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]

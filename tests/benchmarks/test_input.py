@@ -31,7 +31,7 @@ RULE = image.Layout(384, 639, 32, 228)
 def idle(monkeypatch, tmp_path):
     """A machine without load, and a results file of its own."""
     monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.1, 0.1))
-    monkeypatch.setattr(measure, "_others_clock", lambda: None)
+    monkeypatch.setattr(measure, "others_clock", lambda: None)
     (tmp_path / "RESULTS.md").write_text(BEFORE, encoding="utf-8")
     monkeypatch.setattr(results, "RESULTS", tmp_path / "RESULTS.md")
 
@@ -251,7 +251,7 @@ def test_programs_run_by_turns_in_processes_of_their_own():
 
 
 def test_own_processes_are_no_others(monkeypatch):
-    monkeypatch.setattr(measure, "_others_clock", iter([(0.0, 100.0), (10.0, 112.0)]).__next__)
+    monkeypatch.setattr(measure, "others_clock", iter([(0.0, 100.0), (10.0, 112.0)]).__next__)
     watch = benchmark.Watch(0.3)
     watch.add(7.0)
     watch.add(4.0)

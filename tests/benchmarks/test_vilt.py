@@ -23,7 +23,7 @@ def idle(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.1, 0.1))
     # Threads that wait for each other crawl where tests run side by side.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    monkeypatch.setattr(measure, "_others_clock", lambda: None)
+    monkeypatch.setattr(measure, "others_clock", lambda: None)
     monkeypatch.setattr(measure, "product_rate", lambda: 1e11)
     (tmp_path / "RESULTS.md").write_text(BEFORE, encoding="utf-8")
     monkeypatch.setattr(results, "RESULTS", tmp_path / "RESULTS.md")
