@@ -124,3 +124,12 @@ def test_a_folder_of_bad_files_ends_well(tmp_path):
     assert any("captions.jsonl" in file and str(len(lines) + 1) in file for file in said)
     records = json.loads((tmp_path / "data/manifest.json").read_text())["splits"]
     assert sum(split["records"] for split in records.values()) == len(good)
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly():
+    command = f"{sys.executable} -m vlp_jax.prepare --help | head -1; exit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert run.returncode in (0, cli.CLOSED) and run.stderr == "" and "vlp_jax.prepare" in run.stdout
+    closed = f"{sys.executable} -m vlp_jax.prepare --help >&-"
+    run = subprocess.run(["bash", "-c", closed], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 from vlp_jax.types import ENVIRONMENT, Stop, UserError, closest, exit_code  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent  # the folder that holds configs/
+CLOSED = 141  # what a shell reports of a program whose reader has gone (128 + SIGPIPE)
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a tuple"}
 
 
@@ -56,13 +57,20 @@ def run(
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = absl_flags.FlagValues()
     flags.set_gnu_getopt(True)
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")
     try:
         define(flags)
         if any(word in ("--help", "-help", "-h", "--helpfull") for word in argv):
-            print(_help(flags, usage, arguments))
+            print(_help(flags, usage, arguments), flush=True)
             return 0
         main(flags, *_parse(flags, argv, arguments))
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:
+        # The reader has seen enough. What is still buffered must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
     except (UserError, Stop) as error:
         return _say(str(error), exit_code(error))
     except KeyboardInterrupt as error:

@@ -95,7 +95,7 @@ def test_work_of_another_process_is_counted_and_our_own_is_not():
         pass
     end = measure.others_clock()
     assert end[1] - start[1] >= 0.9
-    assert measure.others_cores((0.0, 10.0), (2.0, 13.0)) == 1.5
+    assert measure._others_cores((0.0, 10.0), (2.0, 13.0)) == 1.5
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):

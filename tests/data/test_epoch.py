@@ -3,6 +3,8 @@
 
 import hashlib
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -113,4 +115,32 @@ def test_buckets_and_crops_exclude_each_other(directories):
     with pytest.raises(
         UserError, match=r"data.buckets=\(16,\) and data.crop=\(0.5, 1.0\) exclude each other"
     ):
+        next(pipeline.batches(config))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("randaugment", (1000, 9), "number of operations .1 to 14."),
+        ("randaugment", ("a", "b"), "are not numbers"),
+        ("randaugment", (2, float("nan")), "randaugment"),
+        ("crop", ("x", 1.0), "are not numbers"),
+        ("crop", (0.9, 0.5), "two rising numbers"),
+        ("flip", 1.5, "is not a probability"),
+    ],
+)
+def test_impossible_changes_are_refused(directories, key, value, words):
+    config = vilt.get_config("variant=tiny")
+    config.data.update({"dir": str(directories[0]), key: value})
+    with pytest.raises(UserError, match=words):
+        next(pipeline.batches(config))
+
+
+def test_pairs_of_pictures_are_refused(directories, tmp_path):
+    folder = shutil.copytree(directories[0], tmp_path / "pairs")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"fields": ["captions", "image_1"]}))
+    config = vilt.get_config("variant=tiny")
+    config.data.dir = str(folder)
+    with pytest.raises(UserError, match="holds pairs of pictures; a run reads one picture"):
         next(pipeline.batches(config))

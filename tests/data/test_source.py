@@ -190,7 +190,14 @@ def test_mixtures(original, directory, tmp_path):
     for weight in ("0", "-1", "nan", "inf"):
         with pytest.raises(UserError, match=f"the weight of .* is {weight}.* above 0"):
             parse_spec(f"a={original}:{weight}")
-    for bad in (f"a={original}:x", f"={original}:1", "a=:1", f"a={original}:1,"):
+    for bad in (
+        f"../a={original}:1",
+        f"a/b={original}",
+        f"a={original}:x",
+        f"={original}:1",
+        "a=:1",
+        f"a={original}:1,",
+    ):
         with pytest.raises(UserError, match="not name=directory:weight"):
             parse_spec(bad)
     with pytest.raises(UserError, match="twice: a, a"):

@@ -23,6 +23,7 @@ from vlp_jax.training import optimizer as optimizers
 from vlp_jax.training.paths import flatten, nest
 from vlp_jax.training.state import TrainState
 from vlp_jax.training.step import make_train_step
+from vlp_jax.types import Term
 
 # As in the fast lane. What users run is compared too, by the training steps.
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -237,5 +238,6 @@ def train(
     with jax.default_matmul_precision("highest"):
         for batch in batches:
             state, metrics = step(state, batch)
-            history.append({name: float(value) for name, value in metrics.items()})
+            values = {k: v.mean() if isinstance(v, Term) else v for k, v in metrics.items()}
+            history.append({name: float(value) for name, value in values.items()})
     return history, dict(flatten(jax.tree.map(np.asarray, state.params)))

@@ -19,6 +19,7 @@ from vlp_jax.types import UserError
 
 _AREA, _RATIO, _PLACE, _FLIP, _OPERATION, _SIGN = range(0xA0, 0xA6)  # separate the uses of a draw
 _TRIES = 10
+MOST = 14  # operations a picture: the graph grows with each
 _RATIOS = (3 / 4, 4 / 3)  # width by height
 # "left" and "right" as whole words, also in "left-hand", "leftmost", "righthand", "rightwards", "left-handed".
 _SIDE = re.compile(r"\b(?:left|right)(?:[ -]?(?:most|hand|handed|ward|wards|side))?\b", re.IGNORECASE)
@@ -46,11 +47,16 @@ def rule(data: Any) -> Rule:
     Raises:
         UserError: values outside what is possible.
     """
+    for key in ("randaugment", "crop"):
+        if not all(isinstance(value, int | float) and abs(value) < float("inf") for value in data[key]):
+            raise UserError(
+                f"data.{key}={tuple(data[key])} are not numbers. Give () for off, or two numbers."
+            )
     drawn, crop, flip = tuple(data.randaugment), tuple(float(share) for share in data.crop), float(data.flip)
     whole = len(drawn) == 2 and drawn[0] == int(drawn[0])
-    if drawn and not (whole and drawn[0] >= 1 and 0 <= drawn[1] <= randaugment.LARGEST):
+    if drawn and not (whole and 1 <= drawn[0] <= MOST and 0 <= drawn[1] <= randaugment.LARGEST):
         raise UserError(
-            f"data.randaugment={drawn} is not a number of operations (1 and more) and a magnitude (0 to "
+            f"data.randaugment={drawn} is not a number of operations (1 to {MOST}) and a magnitude (0 to "
             f"{randaugment.LARGEST}). Possible are () or such a pair. Give (2, 9) for the usual."
         )
     if crop and not (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1):

@@ -56,6 +56,11 @@ class Chooser:
                     f"The split {source.split} of {source.directory} ({name}) has {len(source)} pictures and no "
                     "caption; a run over pairs needs captions. Prepare the data with captions, or choose another."
                 )
+            if "image_1" in source.manifest.get("fields", ()):
+                raise UserError(
+                    f"{source.directory} ({name}) holds pairs of pictures; a run reads one picture with each text. "
+                    "Prepare the data with a column image instead of image_0 and image_1."
+                )
         self._by_pair, self._seed = data.index == "pairs", config.seed
         self._sources = [source for _, source, _ in sources]
         self._pictures = [np.flatnonzero(source.captions) for source in self._sources]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import threading
 import zipfile
@@ -92,7 +93,8 @@ class Source:
             wrong = "is empty." if split in splits else f"does not exist.{closest(split, splits)}"
             possible = ", ".join(name for name in splits if splits[name]["records"]) or "none"
             raise UserError(
-                f"The split '{split}' of {self.directory} {wrong} Possible: {possible}. Choose one of them."
+                f"The split '{split}' of {self.directory} {wrong} Possible: {possible}. Choose one of them "
+                "(config.data.split, config.evaluation.train_split, config.evaluation.split)."
             )
         self._entry = splits[split]
         self._shards = [shard["file"] for shard in self._entry["shards"]]
@@ -258,14 +260,15 @@ def parse_spec(spec: str) -> list[tuple[str, Path, float]]:
     for part in spec.split(","):
         name, _, rest = part.strip().partition("=")
         directory, colon, weight = rest.rpartition(":") if ":" in rest else (rest, "", "0")
+        name, directory = name.strip(), directory.strip()
         try:
-            if not (name and directory):
+            if not (re.fullmatch(r"[\w-]+", name) and directory):  # names become parts of file names
                 raise ValueError
             sources.append((name, Path(directory).expanduser(), float(weight)))
         except ValueError:
             raise UserError(
-                f"config.data.dir: '{part}' in '{spec}' is not name=directory:weight. Possible: a directory, or "
-                "for example coco=DIR:1,vg=DIR:2, or coco=DIR,vg=DIR for shares by size. Correct it."
+                f"config.data.dir: '{part}' in '{spec}' is not name=directory:weight, the name of letters, digits, _ and -. "
+                "Possible: a directory, or for example coco=DIR:1,vg=DIR:2, or coco=DIR,vg=DIR for shares by size. Correct it."
             ) from None
         weighted.add(bool(colon))
         if colon and not 0 < sources[-1][2] < float("inf"):

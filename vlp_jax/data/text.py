@@ -75,6 +75,8 @@ class Vocabulary:
                 f"The vocabulary {path} has an unknown suffix. Possible: {SUFFIXES}. Choose another file."
             )
         try:
+            if path.exists() and not path.is_file():
+                raise OSError(0, "it is no file")  # a pipe would be waited for
             content = path.read_bytes()
         except OSError as error:
             raise UserError(

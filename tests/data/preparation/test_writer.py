@@ -246,9 +246,13 @@ def test_files_of_a_web_set_that_were_never_there_are_not_bad(tmp_path, monkeypa
     assert manifest["splits"]["train"]["alive"] == 10 / 11
 
 
+def vanish(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_one_message(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(assembly, "write_shard", os._exit)  # called with a job: fails to take it, and is gone
+    monkeypatch.setattr(assembly, "write_shard", vanish)
     with pytest.raises(UserError, match="2 worker processes was killed.*fewer --workers"):
         prepare(folder, tmp_path, workers=2)
 
@@ -338,7 +342,7 @@ def test_a_shard_that_lost_records_is_an_error(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("inside", ["", "below"])
 def test_target_in_the_way_of_a_file(folder, tmp_path, inside):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot be written: (File exists|Not a directory)"):
+    with pytest.raises(UserError, match="is a file. Choose another|cannot be written: Not a directory"):
         prepare(folder, tmp_path / "file" / inside)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -357,6 +361,73 @@ def test_other_files_in_the_target_stay(folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     prepare(folder, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["unfinished", "vocab.txt", "train.index.npz", "dataset_info.json"])
+def test_what_others_have_put_there_is_not_touched(folder, tmp_path, name):
+    theirs = tmp_path / "data" / name
+    theirs.parent.mkdir()
+    if name == "unfinished":
+        theirs.mkdir()
+        theirs = theirs / "novel.txt"
+    theirs.write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is in the way"):
+        prepare(folder, tmp_path / "data")
+    assert theirs.read_text() == "mine"
+
+
+def test_an_unfinished_folder_that_is_a_link_is_not_followed(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/unfinished").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="unfinished is in the way"):
+        prepare(folder, tmp_path / "data")
+
+
+@pytest.mark.parametrize("when", ["before the plan", "among the files", "before the end"])
+def test_a_kill_while_installing_leaves_what_the_next_run_knows(
+    undisturbed, folder, tmp_path, monkeypatch, when
+):
+    with monkeypatch.context() as patch:
+        target = {"before the plan": "save", "among the files": "stored", "before the end": "shutil"}[when]
+        broken = mock.Mock(side_effect=KeyboardInterrupt)
+        if target == "shutil":
+            patch.setattr(writer.shutil, "rmtree", broken)
+        else:
+            patch.setattr(writer, target, broken)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder, tmp_path)
+    prepare(folder, tmp_path)
+    made = contents(tmp_path)
+    assert {name: one for name, one in made.items() if "unfinished/" not in name} == contents(undisturbed)
+
+
+def test_leftovers_of_killed_workers_go(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "_index", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder, tmp_path)
+        left = tmp_path / "unfinished" / "coco-train.array_record-00000-of-00003.123.tmp"
+        left.write_bytes(b"half")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder, tmp_path)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 10**10])
+def test_impossible_sizes_of_a_vocabulary_are_refused_at_once(folder, tmp_path, size):
+    with pytest.raises(UserError, match=f"--vocab_size={size} pieces cannot be trained. Possible: 16 to"):
+        prepare(folder, tmp_path / "data", vocab_size=size)
+    assert not (tmp_path / "data").exists()
+
+
+def test_without_any_text_a_vocabulary_must_be_given(tmp_path):
+    folder = raw.coco(tmp_path / "raw", {"train2017": 4}, captions=0)
+    (folder / "annotations/captions_train2017.json").unlink()
+    content = {"images": [{"id": 1, "file_name": f"{1:012d}.jpg"}], "annotations": [], "categories": []}
+    (folder / "annotations/instances_train2017.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="no text that a vocabulary could be trained on. Give --vocab=FILE"):
+        prepare(folder, tmp_path / "data")
 
 
 def test_given_vocabulary(folder, tmp_path):

@@ -238,7 +238,13 @@ def _vocabulary(order: Order, folder: Path, split: str) -> dict:
     elif hasattr(order.module, "texts"):
         text.train(order.module.texts(order.source, **order.options), path, order.vocab_size)
     else:
-        text.train(_texts(folder / f"{split}.{LISTING}"), path, order.vocab_size)
+        texts = _texts(folder / f"{split}.{LISTING}")
+        if (first := next(texts, None)) is None:
+            raise UserError(
+                f"The split {split} has no text that a vocabulary could be trained on. Give --vocab=FILE (vocab.txt or "
+                "*.model) and start again: what is finished is kept."
+            )
+        text.train(itertools.chain([first], texts), path, order.vocab_size)
     return {
         "file": path.name,
         "size": text.Vocabulary.load(path).size,
@@ -253,7 +259,8 @@ def _texts(listing: Path) -> Iterator[str]:
             for name in ("captions", "questions", "answers", "labels", "box_names"):
                 for text in entry.get(name, ()):
                     with contextlib.suppress(ValueError):  # it will not be in a record either
-                        yield tables.clean_text(text)
+                        if cleaned := tables.clean_text(text):
+                            yield cleaned
 
 
 def _metadata(module: ModuleType, folder: Path, splits: dict, fields: tuple[str, ...]) -> None:

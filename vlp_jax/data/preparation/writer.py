@@ -26,6 +26,9 @@ from vlp_jax.types import ENVIRONMENT, UserError, closest
 
 ON_BAD = ("skip", "error")
 UNFINISHED = "unfinished"
+PLAN = "plan.json"  # in it: what the work is for
+TFDS_FILES = ("dataset_info.json", "features.json")
+VOCAB_SIZES = (16, 1_000_000)  # pieces that can be asked for
 RAW = "raw"
 VOCAB_SIZE = 8000
 
@@ -69,6 +72,7 @@ def write(
         there = _prepared(order, overwrite)
         if there is not None:
             return there, False
+        _check_free(order.target, module.NAME)
         with processes(workers) as each:
             if hasattr(module, "draw"):
                 _draw(order, each, overwrite)
@@ -100,6 +104,11 @@ def _order(module, source, target, options: dict, vocab, vocab_size: int) -> Ord
     target = Path(target).expanduser().absolute()
     identity = {"dataset": module.NAME, "builder_version": module.VERSION, "options": options}
     identity["vocabulary"] = f"trained, at most {vocab_size} pieces"
+    if not VOCAB_SIZES[0] <= vocab_size <= VOCAB_SIZES[1]:
+        raise UserError(
+            f"--vocab_size={vocab_size} pieces cannot be trained. Possible: {VOCAB_SIZES[0]} to {VOCAB_SIZES[1]:,}, "
+            f"and no more than the texts give. Leave it at {VOCAB_SIZE}."
+        )
     if vocab:
         from vlp_jax.data.text import Vocabulary
 
@@ -135,6 +144,10 @@ def _place(target: Path) -> Iterator[None]:
 
 
 def _unwritable(target: Path, error: OSError) -> UserError:
+    if target.is_symlink() and not target.exists():
+        return UserError(f"--target={target} is a link that points nowhere. Choose another --target.")
+    if target.exists() and not target.is_dir():
+        return UserError(f"--target={target} is a file. Choose another --target.")
     folder = next(path for path in (target, *target.parents) if path.is_dir())
     return UserError(
         f"{error.filename or target} cannot be written: {error.strerror or error}; "
@@ -210,7 +223,8 @@ def _draw(order: Order, each: Callable, overwrite: bool) -> None:
             what = "Choose another --target" + (", or give --overwrite to replace it." if there else ".")
             raise UserError(f"{raw} is in the way: it {why}. {what}")
     unfinished = raw.with_name(f"{RAW}.{UNFINISHED}")
-    _empty(unfinished)
+    _empty(unfinished, PLAN)
+    save(unfinished / PLAN, json.dumps(wanted))
 
     def shown(function: Callable, jobs: list) -> Iterator:
         with progress(len(jobs), " parts", "draw") as bar:
@@ -220,13 +234,25 @@ def _draw(order: Order, each: Callable, overwrite: bool) -> None:
 
     order.module.draw(unfinished, shown, **order.options)
     save(unfinished / mark.name, json.dumps(wanted).encode())
+    (unfinished / PLAN).unlink()
     if raw.exists():
         shutil.rmtree(raw)
     unfinished.rename(raw)
 
 
-def _empty(folder: Path) -> None:
-    if folder.exists():
+def _empty(folder: Path, mark: str) -> None:
+    """Makes a folder, or empties one that holds our mark; anything else there is somebody's and stays."""
+    if folder.is_symlink() or folder.exists():
+        theirs = folder.is_symlink() or not folder.is_dir()
+        if (
+            theirs
+            or not all(path.name.startswith(mark) for path in folder.iterdir())
+            and not (folder / mark).is_file()
+        ):
+            raise UserError(
+                f"{folder} is in the way: it was not made by this program, which keeps unfinished work there. Rename "
+                "it, or choose another --target."
+            )
         shutil.rmtree(folder)
     folder.mkdir()
 
@@ -234,15 +260,30 @@ def _empty(folder: Path) -> None:
 def _begin(order: Order) -> Path:
     """The folder of unfinished work: kept if it was for the same data set, else emptied."""
     folder = order.target / UNFINISHED
-    plan = folder / "plan.json"
+    plan = folder / PLAN
     versions = [importlib.metadata.version(name) for name in assembly.PACKAGES]
     content = json.dumps(
         order.identity | {"shards": [assembly.SHARD_RECORDS, assembly.MOST_SHARDS], "versions": versions}
     )
-    if not plan.is_file() or plan.read_text() != content:
-        _empty(folder)
+    if folder.is_symlink() or not plan.is_file() or plan.read_text() != content:
+        _empty(folder, PLAN)
         save(plan, content.encode())
+    for path in folder.glob("*.tmp"):  # of workers that were killed
+        path.unlink()
     return folder
+
+
+def _check_free(target: Path, dataset: str) -> None:
+    """Where no manifest says that they are ours, files of the names that will be written are somebody's."""
+    if (target / MANIFEST).exists() or (target / UNFINISHED / PLAN).is_file():
+        return
+    written = ("vocab.txt", "vocabulary.model", "*.index.npz", assembly.DROPPED, *TFDS_FILES)
+    for pattern in (*written, f"{dataset}-*.array_record-*"):
+        for path in target.glob(pattern):
+            raise UserError(
+                f"{path} is in the way: it would be replaced, and no {MANIFEST} says that prepare has made it. Move "
+                "it, or choose another --target."
+            )
 
 
 def _install(folder: Path, target: Path, manifest: dict) -> None:
@@ -255,7 +296,8 @@ def _install(folder: Path, target: Path, manifest: dict) -> None:
         path.unlink(missing_ok=True)
     wanted = {one["file"] for one in stored(manifest)} | {manifest["vocabulary"]["file"], assembly.DROPPED}
     for path in sorted(folder.iterdir()):
-        if path.name in wanted | {"dataset_info.json", "features.json"}:
+        if path.name in wanted | {*TFDS_FILES}:
             path.rename(target / path.name)
-    shutil.rmtree(folder)
+    # The folder goes last: until then it says that the files are ours.
     save(target / MANIFEST, json.dumps(manifest, indent=1).encode())
+    shutil.rmtree(folder)
