@@ -9,7 +9,7 @@ import pathlib
 import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax; TF_* before tensorflow
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
 import jaxtyping

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data import backend, order, resample
+from vlp_jax.data import order, resample
 from vlp_jax.types import UserError
 
 _SAMPLE = 0x5A  # separates this use of a draw from others
@@ -190,7 +190,6 @@ def load(contents: bytes, rule: Layout, draw: int = 0, name: str = "the picture"
     Raises:
         UserError: bytes that are no picture; `name` is what the message calls it.
     """
-    backend.load_tensorflow()
     import tensorflow as tf
 
     picture = decoded(contents, name)
@@ -207,7 +206,6 @@ def decoded(contents: bytes, name: str) -> np.ndarray:
     Raises:
         UserError: bytes that are no picture; `name` is what the message calls it.
     """
-    backend.load_tensorflow()
     import tensorflow as tf
 
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data import augment, backend, corrupt, image, order
+from vlp_jax.data import augment, corrupt, image, order
 from vlp_jax.data import spec as specification
 from vlp_jax.data.facts import load_vocabulary
 from vlp_jax.data.rows import Chooser, Rows
@@ -145,7 +145,6 @@ class _Maker:
         self, rows: Callable[[int], tuple[Rows, int]], start: int, stop: int | None, share: int, seed: int
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields the batches of the steps in [start, stop); `rows` gives a step's rows and patch slots."""
-        backend.load_tensorflow()
         # tensorflow keeps a Python function for ever; what it needs is taken from here, and let go of with the
         # stream. At exit too: a thread that still wants to call Python then would end the process by an abort.
         running = {"make": lambda step: self.make(*rows(int(step)), seed)}

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data import backend
-
 IMAGE, TEXT, INTEGER, TEXTS, INTEGERS, NUMBERS, BOXES = range(7)  # kinds of fields
 ALWAYS = {
     "image": IMAGE,  # bytes of the file
@@ -52,7 +50,6 @@ def features(fields: Collection[str]):
     Args:
         fields: optional ones that its records have.
     """
-    backend.load_tensorflow()
     import tensorflow_datasets as tfds
 
     def feature(kind: int):

@@ -22,7 +22,7 @@ from typing import TextIO
 
 import numpy as np
 
-from vlp_jax.data import backend, record
+from vlp_jax.data import record
 from vlp_jax.data.datasets import Dropped
 from vlp_jax.data.preparation import tables
 from vlp_jax.data.preparation.shards import COLUMNS, Job, write_shard
@@ -265,7 +265,6 @@ def _texts(listing: Path) -> Iterator[str]:
 
 def _metadata(module: ModuleType, folder: Path, splits: dict, fields: tuple[str, ...]) -> None:
     """dataset_info.json and features.json, so that `tfds.builder_from_directory` reads the folder."""
-    backend.load_tensorflow()
     import tensorflow_datasets as tfds
 
     template = tfds.core.ShardedFileTemplate(

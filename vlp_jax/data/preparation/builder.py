@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vlp_jax.data import backend, record
+from vlp_jax.data import record
 from vlp_jax.data.datasets import Dropped
 from vlp_jax.data.preparation import completion
 
@@ -30,7 +30,6 @@ def builder(module: ModuleType, source: str | Path, data_dir: str | Path, **opti
     Raises:
         UserError: the source cannot be used.
     """
-    backend.load_tensorflow()
     import tensorflow_datasets as tfds
 
     source, options = Path(source), {**module.OPTIONS, **options}
