@@ -234,10 +234,10 @@ def _draw(order: Order, each: Callable, overwrite: bool) -> None:
 
     order.module.draw(unfinished, shown, **order.options)
     save(unfinished / mark.name, json.dumps(wanted).encode())
-    (unfinished / PLAN).unlink()
     if raw.exists():
         shutil.rmtree(raw)
     unfinished.rename(raw)
+    (raw / PLAN).unlink()
 
 
 def _empty(folder: Path, mark: str) -> None:
@@ -253,8 +253,18 @@ def _empty(folder: Path, mark: str) -> None:
                 f"{folder} is in the way: it was not made by this program, which keeps unfinished work there. Rename "
                 "it, or choose another --target."
             )
-        shutil.rmtree(folder)
+        _remove(folder, mark)
     folder.mkdir()
+
+
+def _remove(folder: Path, mark: str) -> None:
+    """Removes a folder of ours, its mark last: killed half-way, the next run still knows whose it is."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != mark:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def _begin(order: Order) -> Path:
@@ -300,4 +310,4 @@ def _install(folder: Path, target: Path, manifest: dict) -> None:
             path.rename(target / path.name)
     # The folder goes last: until then it says that the files are ours.
     save(target / MANIFEST, json.dumps(manifest, indent=1).encode())
-    shutil.rmtree(folder)
+    _remove(folder, PLAN)
