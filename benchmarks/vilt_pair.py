@@ -133,7 +133,7 @@ class Peer(torch.nn.Module):
         """The weights as our tree, by the table of the parity tests."""
         tensors = {name: x.detach().cpu().numpy() for name, x in self.state_dict().items()}
         found = {}
-        for row in (*ROWS, *module("itm_score", "itm_head/dense")):
+        for row in (*ROWS, *module("itm_score", "heads/itm/dense")):
             pieces = [row.op(tensors[name]) for _, name in row.sources(list(tensors))]
             # Copies: PyTorch's update would otherwise show through.
             found[row.ours] = np.stack(pieces) if "{layer}" in row.source else np.array(pieces[0])

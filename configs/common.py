@@ -15,7 +15,9 @@ def get_config() -> ConfigDict:
     config.system = ""  # module name in vlp_jax/systems
     config.variant = ""  # size, for the record; set by the argument after the colon
     config.seed = 0  # of initialisation, order, masking, dropout
-    config.init_from = ""  # checkpoint directory whose parameters start the run
+    config.init_from = (
+        ""  # what the run starts with: a checkpoint, or files that convert reads, joined by commas
+    )
 
     config.model = ConfigDict()  # mirrors the module tree
     config.objectives = ConfigDict()  # name -> coefficient; 0 switches the objective off

@@ -41,16 +41,21 @@ def get_config(arg: str = "") -> ConfigDict:
     model.dropout = 0.1 if options.variant == "b32" else 0.0
     model.gelu = "exact"  # erf; or an approximation: sigmoid (2.9e-5 off), tanh (4.8e-4 off)
     model.token_multiple = 16 if options.variant == "b32" else 1  # 241 tokens are padded to a TPU's tiles
-    model.text_embed = ConfigDict(dict(vocab_size=-1, length=-1, pad_id=0))  # -1: as the data has it
+    # -1: as the data has it. eps of LayerNorm: 1e-12 as in BERT here and in the heads, 1e-6 as in timm in the body.
+    model.text_embed = ConfigDict(dict(vocab_size=-1, length=-1, pad_id=0, segments=2, eps=1e-12))
     model.patch_embed = ConfigDict(dict(patch_size=-1, grid=-1))  # grid: rows of learned positions
-    model.modalities = 2  # rows of the modality table: text, picture
-    model.fusion = ConfigDict(dict(depth=depth, num_heads=heads, mlp_width=4 * width, remat=False))
+    model.modalities = 2  # rows of the modality table: text, picture, and for NLVR2 (pair) a second picture
+    model.fusion = ConfigDict(dict(depth=depth, num_heads=heads, mlp_width=4 * width, eps=1e-6, remat=False))
+    # An objective switches its own head on. The others come with converted weights: rank (one score of a pair, for
+    # retrieval), answer (VQA), pair (NLVR2), tag (word pieces), as numbers of classes; 0 = none.
+    off = dict(mlm=False, itm=False, mpp=False, rank=False, answer=0, pair=0, tag=0)
+    model.heads = ConfigDict(dict(pooler=True, eps=1e-12, **off))
 
     # The original adds the losses with these coefficients; mpp (masked patches) is its ablation.
     config.objectives = ConfigDict(dict(mlm=1.0, itm=1.0, wpa=0.1, mpp=0.0))
 
     # As released: biases and LayerNorm scales do not decay, but embeddings and the scale inside a classifier do.
-    config.optimizer.no_decay = (r"bias$", r"(?<!classifier/)norm\w*/scale$")
+    config.optimizer.no_decay = (r"bias$", r"(?<!answer/)(?<!pair/)norm\w*/scale$")
     config.train.steps = steps
     config.train.batch_size = batch
     if options.variant == "b32":

@@ -30,7 +30,10 @@ MAY_IMPORT = {
     "training": ("training", "systems.base", "parallel", "files", "types"),
     "evaluation": ("evaluation", "systems.base", "parallel", "files", "types", "data.text", "data.image"),
     "planning": ("planning", "training", "systems.base", "parallel", "files", "types"),
-    "convert": ("convert", "systems", "parallel", "types"),
+    "convert": (
+        *("convert", "systems", "parallel", "files", "types", "layers.trace"),
+        *("training.checkpoint", "training.paths", "data.spec", "data.text"),
+    ),
 }
 
 # Library -> the only places that import it; () is nowhere.
@@ -38,7 +41,7 @@ ONLY_IN = {
     "flax.nnx": (),
     "flax": ("layers", "models", "systems", "parallel.shard"),
     "orbax": ("training.checkpoint",),
-    "torch": (),
+    "torch": ("convert.proof",),
     "transformers": (),
     "pickle": (),
     "tensorflow_datasets": ("data",),
@@ -82,6 +85,8 @@ def imports(path: pathlib.Path) -> Iterator[tuple[int, str]]:
 
 
 def is_main(name: str) -> bool:
+    if name.endswith(".__main__"):
+        return True
     return bool(name) and "." not in name and name not in NOT_MAINS and not (PACKAGE / name).is_dir()
 
 

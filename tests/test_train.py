@@ -154,7 +154,7 @@ def test_files_of_a_run(finished):
     assert config["model"]["text_embed"]["vocab_size"] > 5
     params, meta, assets = open_for_inference(finished)
     assert meta["step"] == 2 and "vocabulary.model" in {pathlib.Path(a).name for a in assets.values()}
-    assert set(params) == {"text_embed", "patch_embed", "fusion", "pooler", "mlm_head", "itm_head"}
+    assert set(params) == {"text_embed", "patch_embed", "fusion", "heads"}
 
 
 def test_a_finished_run_says_so(finished, scenes_dir, capsys, caplog):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m vlp_jax.train --config=configs/vilt.py:variant=b32 --config.data.dir=DATA --workdir=RUN
 
-Trains to config.train.steps; the same command again resumes. On several hosts: once a host, with
---config.parallel.coordinator=HOST:PORT --config.parallel.processes=N --config.parallel.process=0 (... N-1).
+The same command again resumes. Several hosts: once each, --config.parallel.{coordinator=HOST:PORT,processes=N,process=I}
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     """Puts data, system, mesh and loop together."""
     cli.require(flags, "config", "workdir")
     from vlp_jax import systems
+    from vlp_jax.convert import start
     from vlp_jax.data import facts as data_facts
     from vlp_jax.data import pipeline, spec
     from vlp_jax.evaluation import quick
@@ -50,6 +50,7 @@ def main(flags: absl_flags.FlagValues) -> None:
                 spec=spec.spec(config, config.train.batch_size),
                 evaluate=quick.evaluator(config, system, facts["visual_ids"], mesh, examples),
                 assets=data_facts.assets(facts),
+                initial=start.starter(config),
                 meta={"config": config.to_dict(), "facts": facts},
             )
             loop.run(config, system, inputs, folder, mesh)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlp_jax.layers import trace
 from vlp_jax.systems.base import System
 from vlp_jax.training import optimizer as optimizers
 from vlp_jax.training.paths import flatten, nest
@@ -166,20 +167,8 @@ def layers(ours: Ours, params: Any, batch: Mapping, paths: Sequence[str]) -> dic
 
     `ours` must be fresh: a program that is compiled already calls no module any more.
     """
-    found: dict[str, list[np.ndarray]] = {path: [] for path in paths}
-
-    def keep(function: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        result = function(*args, **kwargs)
-        path = "/".join(context.module.path)
-        # A layer of a scan returns (carry, None) besides: the same array under the same path a second time.
-        if path in found and context.method_name == "__call__" and isinstance(result, jax.Array):
-            jax.debug.callback(lambda x: found[path].append(np.asarray(x)), result, ordered=True)
-        return result
-
-    with nn.intercept_methods(keep), jax.default_matmul_precision("highest"):
-        jax.block_until_ready(ours.outputs(params, batch))
-    jax.effects_barrier()
-    return found
+    with jax.default_matmul_precision("highest"):
+        return trace.outputs(lambda: ours.outputs(params, batch), paths)[1]
 
 
 def projections(

@@ -170,7 +170,7 @@ def test_a_table_that_does_not_fit_is_reported_whole():
     rows = [
         *oracle.rows[3:],
         oracle.rows[-1],
-        Row("nowhere", "pooler/nothing"),
+        Row("nowhere", "heads/pooler/nothing"),
         Row("vilt.pooler.dense.bias", "a"),
     ]
     with pytest.raises(AssertionError) as caught:
@@ -180,8 +180,8 @@ def test_a_table_that_does_not_fit_is_reported_whole():
     assert (
         words in lines and "text_embed/word: in no row" in lines and "a: we have no such parameter" in lines
     )
-    assert "mlm_head/decoder/bias: doubled" in lines and "itm_head/dense/kernel: in no row" in lines
-    assert "pooler/nothing: no tensor is called nowhere" in lines and lines == sorted(lines)
+    assert "heads/mlm/decoder/bias: doubled" in lines and "heads/itm/dense/kernel: in no row" in lines
+    assert "heads/pooler/nothing: no tensor is called nowhere" in lines and lines == sorted(lines)
     linear = [dataclasses.replace(row, op=harness.same) for row in oracle.rows]
     with pytest.raises(AssertionError, match=r"mlp/hidden/kernel: shape \(2, 64, 32\), not \(2, 32, 64\)"):
         harness.parameters(made(name), linear, oracle.fresh, oracles.tensors(oracle.net))

@@ -56,12 +56,12 @@ ROWS = (
     *module(f"{BLOCK}.mlp.fc1", f"{OURS}/mlp/hidden"),
     *module(f"{BLOCK}.mlp.fc2", f"{OURS}/mlp/out"),
     *module("transformer.norm", "fusion/norm", same),
-    *module("pooler.dense", "pooler/dense"),
-    *module("mlm_score.transform.dense", "mlm_head/dense"),
-    *module("mlm_score.transform.LayerNorm", "mlm_head/norm", same),
-    Row("mlm_score.decoder.weight", "mlm_head/decoder/kernel", linear),
-    Row("mlm_score.bias", "mlm_head/decoder/bias"),
-    *module("itm_score.fc", "itm_head/dense"),
+    *module("pooler.dense", "heads/pooler/dense"),
+    *module("mlm_score.transform.dense", "heads/mlm/dense"),
+    *module("mlm_score.transform.LayerNorm", "heads/mlm/norm", same),
+    Row("mlm_score.decoder.weight", "heads/mlm/decoder/kernel", linear),
+    Row("mlm_score.bias", "heads/mlm/decoder/bias"),
+    *module("itm_score.fc", "heads/itm/dense"),
 )
 QUIET = r"embed|cls_token|attn\.proj|fc2|transform\.dense"
 

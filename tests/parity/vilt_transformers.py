@@ -36,19 +36,21 @@ ROWS = (
     *module(f"{LAYER}.intermediate.dense", f"{OURS}/mlp/hidden"),
     *module(f"{LAYER}.output.dense", f"{OURS}/mlp/out"),
     *module("vilt.layernorm", "fusion/norm", same),
-    *module("vilt.pooler.dense", "pooler/dense"),
-    *module("mlm_score.transform.dense", "mlm_head/dense"),
-    *module("mlm_score.transform.LayerNorm", "mlm_head/norm", same),
-    Row("mlm_score.decoder.weight", "mlm_head/decoder/kernel", linear),
-    Row("mlm_score.decoder.bias", "mlm_head/decoder/bias"),
+    *module("vilt.pooler.dense", "heads/pooler/dense"),
+    *module("mlm_score.transform.dense", "heads/mlm/dense"),
+    *module("mlm_score.transform.LayerNorm", "heads/mlm/norm", same),
+    Row("mlm_score.decoder.weight", "heads/mlm/decoder/kernel", linear),
+    Row("mlm_score.decoder.bias", "heads/mlm/decoder/bias"),
 )
-FRESH = dict.fromkeys(("itm_head/dense/kernel", "itm_head/dense/bias"), "the port dropped the matching head")
+FRESH = dict.fromkeys(
+    ("heads/itm/dense/kernel", "heads/itm/dense/bias"), "the port dropped the matching head"
+)
 LAYERS = (
     (f"{EMBEDDINGS}.text_embeddings", "text_embed", "text"),
     (f"{LAYER}.attention.output", f"{OURS}/attention", "tokens"),
     (LAYER, OURS, "tokens"),
     ("vilt.layernorm", "fusion/norm", "tokens"),
-    ("mlm_score.transform", "mlm_head/norm", "logits"),
+    ("mlm_score.transform", "heads/mlm/norm", "logits"),
 )
 BLOCKS = ("vilt.encoder", "vilt.layernorm")  # whose norms have 1e-6 in the original, 1e-12 in the port
 # What feeds a norm: the embeddings, what the blocks add to the stream, and the head's transform.

@@ -201,7 +201,7 @@ def test_groups(attributes, size):
     [
         ("jit(step)/jvp(Vilt.pretrain)/Vilt.fuse/fusion/stack/while/body/closed_call/layers/layers/mlp/dot_general",
          ("forward", "fusion/stack/layers/mlp")),
-        ("jit(step)/transpose(jvp(Vilt.words))/mlm_head/decoder/btd,dv->btv/dot_general", ("backward", "mlm_head/decoder")),
+        ("jit(step)/transpose(jvp(Vilt.words))/heads/mlm/decoder/btd,dv->btv/dot_general", ("backward", "heads/mlm/decoder")),
         ("jit(step)/jvp(Vilt.pretrain)/concatenate", ("forward", "Vilt.pretrain")),
         ("jit(step)/jvp()/reduce_sum", ("forward", "")),
         ("jit(step)/jit(_where)/select_n", ("", "")),

@@ -41,8 +41,11 @@ def test_b32_has_the_parameters_of_the_original():
     assert count(params["text_embed"]) == 23_474_688
     blocks = count(params["fusion"]["stack"]) + count(params["patch_embed"]["projection"])
     assert blocks == 87_414_528
-    assert count(params["pooler"]) == 590_592 and count(params["mlm_head"]) == 24_063_546
-    assert count(params["itm_head"]) == 1_538
+    assert {name: count(head) for name, head in params["heads"].items()} == {
+        "pooler": 590_592,
+        "mlm": 24_063_546,
+        "itm": 1_538,
+    }
 
 
 def b32_batch():
@@ -57,7 +60,7 @@ def test_masked_patches_add_their_head_and_vector():
         )
         for config in (vilt_config(), vilt_config(objectives__mpp=1.0))
     )
-    assert set(masked) - set(plain) == {"mpp_head"}
+    assert set(masked["heads"]) - set(plain["heads"]) == {"mpp"}
     assert set(masked["patch_embed"]) - set(plain["patch_embed"]) == {"mask_vector"}
 
 

@@ -224,12 +224,13 @@ def test_averages_stand_in_for_the_parameters_that_have_them(tmp_path):
 def test_parameters_of_another_shape_are_reported_on_both_sides(two_steps):
     wanted = abstract(make_state(0, rows=8)).params
     wanted["head"] = {"kernel": wanted["body"].pop("bias")}
+    state = dataclasses.replace(abstract(make_state(0, rows=8)), params=wanted)
     with pytest.raises(UserError) as error:
-        checkpoint.restore_params(two_steps, wanted)
+        keeper_of(two_steps).restore(state)
     assert "missing head/kernel (8,)" in str(error.value)
     assert "unexpected body/bias (16,)" in str(error.value)
     assert "shape of body/kernel: (16, 8), wanted (8, 8)" in str(error.value)
-    placed = checkpoint.restore_params(two_steps, abstract(make_state(0, devices=4)).params)
+    placed = keeper_of(two_steps).restore(abstract(make_state(0, devices=4)))[0].params
     assert len(placed["body"]["kernel"].sharding.device_set) == 4
 
 

@@ -102,17 +102,17 @@ def test_a_non_finite_step_changes_nothing_but_the_step():
 
 
 def test_moving_average_follows_the_named_parameters():
-    run = Run(vilt_config(ema__decay=0.75, ema__parameters=("itm_head/",)), jax.devices()[:1])
-    old = np.asarray(run.state.ema["itm_head"]["dense"]["kernel"])
-    assert run.state.ema.keys() == {"itm_head"}
+    run = Run(vilt_config(ema__decay=0.75, ema__parameters=("heads/itm/",)), jax.devices()[:1])
+    old = np.asarray(run.state.ema["heads"]["itm"]["dense"]["kernel"])
+    assert run.state.ema["heads"].keys() == {"itm"} and run.state.ema.keys() == {"heads"}
     run.take(random_batch(run.config, ROWS))
     run.take(random_batch(run.config, ROWS, 1))
-    first = run.state.ema["itm_head"]["dense"]["kernel"]
+    first = run.state.ema["heads"]["itm"]["dense"]["kernel"]
     assert not np.array_equal(first, old)
-    new = np.asarray(run.state.params["itm_head"]["dense"]["kernel"])
+    new = np.asarray(run.state.params["heads"]["itm"]["dense"]["kernel"])
     again = Run(vilt_config(), jax.devices()[:1])
     again.take(random_batch(run.config, ROWS))
-    middle = np.asarray(again.state.params["itm_head"]["dense"]["kernel"])
+    middle = np.asarray(again.state.params["heads"]["itm"]["dense"]["kernel"])
     np.testing.assert_allclose(first, 0.75 * (0.75 * old + 0.25 * middle) + 0.25 * new, rtol=1e-5, atol=1e-8)
 
 

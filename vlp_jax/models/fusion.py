@@ -40,17 +40,19 @@ class MergedAttention(nn.Module):
         text_mask: Bool[Array, "batch text"],
         image: Float[Array, "batch image width"],
         image_mask: Bool[Array, "batch image"],
+        picture: int = 0,
         *,
         train: bool,
     ) -> tuple[Float[Array, "batch text width"], Float[Array, "batch image width"]]:
-        """Returns the normalised text and image features."""
+        """Returns the normalised text and image features; `picture` numbers the pictures of one text."""
         width = text.shape[-1]
         table = self.param(
             "modality", nn.with_logical_partitioning(normal, (None, "embed")), (self.modalities, width)
         )
         table = table.astype(self.dtype)
         text = Dropout(self.dropout, name="text_dropout")(text, train) + table[None, :1]
-        image = Dropout(self.dropout, name="image_dropout")(image, train) + table[None, 1:2]
+        row = table[None, 1 + picture : 2 + picture]
+        image = Dropout(self.dropout, name="image_dropout")(image, train) + row
         x = jnp.concatenate([text, image], axis=1)
         mask = jnp.concatenate([text_mask, image_mask], axis=1)
         stack = Stack(

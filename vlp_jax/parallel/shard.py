@@ -29,7 +29,7 @@ def abstract(make: Callable[[], Any], mesh: Mesh, preset: str) -> Any:
     with nn.logical_axis_rules(rules(preset)):
         boxed = jax.eval_shape(make)
         specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, rules(preset))
-    plain = jax.eval_shape(lambda: nn.unbox(make()))
+    plain = shapes(make)
 
     def join(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_fitting(sharding, leaf.shape))
@@ -40,6 +40,16 @@ def abstract(make: Callable[[], Any], mesh: Mesh, preset: str) -> Any:
 def concrete(make: Callable[[], Any], target: Any) -> Any:
     """Runs `make()` compiled, each array made where `target` (from `abstract`) wants it."""
     return jax.jit(lambda: nn.unbox(make()), out_shardings=shardings(target))()
+
+
+def selected(make: Callable[[], Any], choose: Callable[[Any], Any]) -> Any:
+    """Runs `choose(make())` compiled on the default device: what is not chosen is never computed."""
+    return jax.jit(lambda: choose(nn.unbox(make())))()
+
+
+def shapes(make: Callable[[], Any]) -> Any:
+    """The result of `make()` as plain `ShapeDtypeStruct`s; allocates nothing."""
+    return jax.eval_shape(lambda: nn.unbox(make()))
 
 
 def shardings(target: Any) -> Any:

@@ -111,6 +111,23 @@ def divisible(config: ConfigDict) -> None:
         )
 
 
+def switch_on_heads(config: ConfigDict, pooled: tuple[str, ...]) -> None:
+    """Switches on the head of each active objective that has one, in place.
+
+    Raises:
+        UserError: one of the heads named in `pooled` is wanted without the pooler that it reads.
+    """
+    heads = config.model.heads
+    for name, coefficient in config.objectives.items():
+        if coefficient and name in heads:
+            heads[name] = True
+    if not heads.pooler and (given := [name for name in pooled if heads[name]]):
+        raise UserError(
+            f"config.model.heads.pooler is off, but the heads {', '.join(given)} read what it gives. Switch it on, "
+            "or these off (config.model.heads, config.objectives)."
+        )
+
+
 def jitted(functions: Mapping[str, Predict], static: Mapping[str, tuple[str, ...]]) -> dict[str, Predict]:
     """Compiles predict functions once; `static` names the keyword arguments that choose a program."""
     return {name: jax.jit(f, static_argnames=static.get(name, ())) for name, f in functions.items()}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlp_jax.layers.activation import GELUS
 from vlp_jax.models.fusion import MergedAttention
-from vlp_jax.models.heads import Classifier, Pooler, TokenPredictor
+from vlp_jax.models.heads import Heads
 from vlp_jax.models.patch import PatchEmbedder
 from vlp_jax.models.text import TextEmbedder
 from vlp_jax.objectives import masking
@@ -23,6 +23,8 @@ from vlp_jax.objectives.transport import alignable_text, cosine_cost, transport_
 from vlp_jax.systems import base
 from vlp_jax.types import Array, Batch, Extra, Key, LossOut, Params, Term, UserError, closest
 
+MASKED = ("text_ids", "mlm_positions", "mlm_inputs", "mlm_labels")
+PICTURE = ("patches", "patch_positions", "patch_mask", "grid_size")
 Features = Mapping[str, Array]  # "text", "text_mask", "image", "image_mask"
 
 
@@ -30,13 +32,12 @@ class Vilt(nn.Module):
     """The parts and how they are wired; each method is one entry for `apply`."""
 
     model: Any  # config.model, frozen
-    masked_patches: bool
 
     def setup(self) -> None:
         m, dtype = self.model, jnp.dtype(self.model.dtype)
         self.text_embed = TextEmbedder(**m.text_embed, width=m.width, dtype=dtype)
         patch = m.patch_embed
-        self.patch_embed = PatchEmbedder(patch.patch_size, patch.grid, m.width, self.masked_patches, dtype)
+        self.patch_embed = PatchEmbedder(patch.patch_size, patch.grid, m.width, m.heads.mpp, dtype)
         self.fusion = MergedAttention(
             **m.fusion,
             modalities=m.modalities,
@@ -46,11 +47,7 @@ class Vilt(nn.Module):
             gelu=m.gelu,
             token_multiple=m.token_multiple,
         )
-        self.pooler = Pooler(dtype)
-        self.mlm_head = TokenPredictor(m.text_embed.vocab_size, gelu=m.gelu, dtype=dtype)
-        self.itm_head = Classifier(2, dtype)
-        if self.masked_patches:
-            self.mpp_head = TokenPredictor(3 * 256, gelu=m.gelu, dtype=dtype)
+        self.heads = Heads(m.heads, m.width, m.text_embed.vocab_size, m.gelu, dtype)
 
     def encode_text(self, text_ids: Array, text_mask: Array) -> Features:
         """Embeds word pieces."""
@@ -65,28 +62,24 @@ class Vilt(nn.Module):
             "image_mask": jnp.pad(batch["patch_mask"], ((0, 0), (1, 0)), constant_values=True),
         }
 
-    def fuse(self, features: Features, train: bool = False) -> Features:
-        """Returns text and image features, and the pooled text [CLS]; the image's class token feeds no head."""
-        text, image = self.fusion(
-            features["text"], features["text_mask"], features["image"], features["image_mask"], train=train
-        )
-        return {"text": text, "image": image, "pooled": self.pooler(text)}
+    def fuse(self, features: Features, train: bool = False, picture: int = 0) -> Features:
+        """Returns text and image features, and the pooled text [CLS]; the image's class token feeds no head.
 
-    def match(self, pooled: Array) -> Array:
-        """Logits [not matched, matched]."""
-        return self.itm_head(pooled)
+        `picture` is the number of the picture among several that go with a text.
+        """
+        inputs = (features[name] for name in ("text", "text_mask", "image", "image_mask"))
+        text, image = self.fusion(*inputs, picture, train=train)
+        pooled = {"pooled": self.heads.pooled(text)} if self.model.heads.pooler else {}
+        return {"text": text, "image": image, **pooled}
 
     def words(self, text: Array, positions: Array) -> Array:
         """Vocabulary logits at the masked positions only."""
-        return self.mlm_head(masking.at_positions(text, positions))
+        return self.heads.word_logits(masking.at_positions(text, positions))
 
-    def everything(self, batch: Batch) -> tuple[Array, Array]:
+    def everything(self, batch: Batch) -> list[Array]:
         """Runs every part once, so that `init` makes every parameter."""
         features = self.encode_text(batch["text_ids"], batch["text_mask"]) | self.encode_image(batch)
-        out = self.fuse(features)
-        if self.masked_patches:
-            self.mpp_head(out["image"])
-        return self.match(out["pooled"]), self.words(out["text"], batch["mlm_positions"])
+        return self.heads.everything(**self.fuse(features))
 
     def pretrain(self, batch: Batch, key: Key, active: tuple[str, ...]) -> dict[str, tuple[Features, Batch]]:
         """One forward of all views of the batch, interleaved: name of the view -> what its objectives need."""
@@ -94,8 +87,7 @@ class Vilt(nn.Module):
         # Name -> ids, their mask, features of the picture. All texts are embedded at once: one gradient of the table.
         views: dict[str, tuple[Array, Array, Features]] = {}
         if "mlm" in active:
-            names = ("text_ids", "mlm_positions", "mlm_inputs", "mlm_labels")
-            corrupted = masking.corrupted_text(*(batch[name] for name in names))
+            corrupted = masking.corrupted_text(*(batch[name] for name in MASKED))
             views["masked"] = corrupted, batch["text_mask"], plain
         if "itm" in active or "wpa" in active:
             views["pairs"] = batch["pair_text_ids"], batch["pair_text_mask"], plain
@@ -118,6 +110,11 @@ def resolve(config: ConfigDict, facts: Mapping[str, Any]) -> ConfigDict:
     wanted |= {"text_embed.vocab_size": "vocab_size", "text_embed.pad_id": "pad_id"}
     config = base.fill_unknown(config, known, {f"model.{ours}": fact for ours, fact in wanted.items()})
     base.divisible(config)
+    base.switch_on_heads(config, pooled=("itm", "rank", "answer", "pair"))
+    if config.model.heads.pair and config.model.modalities < 3:
+        raise UserError(
+            "config.model.heads.pair reads two pictures: set config.model.modalities to 3, not 2."
+        )
     if config.model.gelu not in GELUS:
         raise UserError(
             f"unknown config.model.gelu {config.model.gelu!r}.{closest(config.model.gelu, GELUS)} "
@@ -134,7 +131,7 @@ def build(config: ConfigDict) -> base.Functions:
     active = tuple(sorted(name for name, coefficient in config.objectives.items() if coefficient))
     sources = tuple(config.data.sources)
     # Linen hashes a module's fields: the config must not change under it.
-    module = Vilt(FrozenConfigDict(config.model), "mpp" in active)
+    module = Vilt(FrozenConfigDict(config.model))
 
     def init(rng: Key, batch: Batch) -> tuple[Params, Extra]:
         return module.init(rng, batch, method=Vilt.everything)["params"], {}
@@ -170,7 +167,7 @@ def _terms(
         classify("mlm", model.words(out["text"], batch["mlm_positions"]), batch["mlm_labels"], batch)
     if "itm" in active:
         out, batch = views["pairs"]
-        classify("itm", model.match(out["pooled"]), batch["matched"], batch)
+        classify("itm", model.heads.match_logits(out["pooled"]), batch["matched"], batch)
     if "wpa" in active:
         out, batch = views["pairs"]
         text_mask = alignable_text(batch["pair_text_mask"])
@@ -180,16 +177,20 @@ def _terms(
         )
     if "mpp" in active:
         out, batch = views["patches"]
-        logits = model.mpp_head(out["image"][:, 1:])
+        logits = model.heads.patch_logits(out["image"][:, 1:])
         classify("mpp", logits.reshape(*logits.shape[:2], 3, 256), batch["mpp_labels"], batch)
     return terms, metrics
 
 
 def _predict(module: Vilt) -> dict[str, base.Predict]:
-    """The functions that evaluation and prediction call; none of them uses randomness."""
+    """The functions that evaluation and prediction call, as far as there are heads for them; none draws anything."""
+    heads = module.model.heads
 
     def run(params: Params, method: Any, *args: Any) -> Any:
         return module.apply({"params": params}, *args, method=method)
+
+    def head(params: Params, name: str, *args: Any) -> Array:
+        return run(params, lambda model: getattr(model.heads, name)(*args))
 
     def encode_text(params: Params, batch: Batch, rng: Key | None = None) -> Features:
         return run(params, Vilt.encode_text, batch["text_ids"], batch["text_mask"])
@@ -199,11 +200,15 @@ def _predict(module: Vilt) -> dict[str, base.Predict]:
 
     def fuse(params: Params, features: Features, rng: Key | None = None) -> Features:
         out = run(params, Vilt.fuse, features)
-        return {**out, "match_logits": run(params, Vilt.match, out["pooled"])}
+        if not (heads.itm or heads.rank):
+            return out
+        return {**out, "match_logits": head(params, "match_logits", out["pooled"])}
+
+    def whole(params: Params, batch: Batch) -> Features:
+        return fuse(params, {**encode_text(params, batch), **encode_image(params, batch)})
 
     def match(params: Params, batch: Batch, rng: Key | None = None, plan: bool = False) -> Features:
-        features = {**encode_text(params, batch), **encode_image(params, batch)}
-        out = fuse(params, features)
+        out = whole(params, batch)
         result = {"match_logits": out["match_logits"]}
         if plan:
             # For pictures the demo of the original sharpens the plan: beta 0.1, 1000 iterations.
@@ -213,15 +218,33 @@ def _predict(module: Vilt) -> dict[str, base.Predict]:
         return result
 
     def fill(params: Params, batch: Batch, rng: Key | None = None) -> Features:
-        names = ("text_ids", "mlm_positions", "mlm_inputs", "mlm_labels")
-        corrupted = {**batch, "text_ids": masking.corrupted_text(*(batch[name] for name in names))}
-        out = fuse(params, {**encode_text(params, corrupted), **encode_image(params, batch)})
+        corrupted = {**batch, "text_ids": masking.corrupted_text(*(batch[name] for name in MASKED))}
+        out = whole(params, corrupted)
         return {"logits": run(params, Vilt.words, out["text"], batch["mlm_positions"])}
 
     def embed(params: Params, batch: Batch, rng: Key | None = None) -> Features:
-        return {
-            "pooled": fuse(params, {**encode_text(params, batch), **encode_image(params, batch)})["pooled"]
-        }
+        return {"pooled": whole(params, batch)["pooled"]}
 
-    functions = (encode_text, encode_image, fuse, match, fill, embed)
-    return base.jitted({f.__name__: f for f in functions}, {"match": ("plan",)})
+    functions = {encode_text: True, encode_image: True, fuse: True, embed: heads.pooler, fill: heads.mlm}
+    functions |= {match: heads.itm or heads.rank, **_answering(module, run, head, whole)}
+    return base.jitted({f.__name__: f for f, there in functions.items() if there}, {"match": ("plan",)})
+
+
+def _answering(module: Vilt, run: Callable, head: Callable, whole: Callable) -> dict[base.Predict, bool]:
+    """The functions of heads that come with fine-tuned weights, and whether each is there."""
+    heads = module.model.heads
+
+    def answer(params: Params, batch: Batch, rng: Key | None = None) -> Features:
+        return {"logits": head(params, "answer_logits", whole(params, batch)["pooled"])}
+
+    def classify(params: Params, batch: Batch, rng: Key | None = None) -> Features:
+        if heads.tag:
+            return {"token_logits": head(params, "tag_logits", whole(params, batch)["text"])}
+        pooled, text = [], run(params, Vilt.encode_text, batch["text_ids"], batch["text_mask"])
+        for picture in range(2):  # the second under the same keys with a suffix: patches_1, ...
+            named = {name: batch[f"{name}_1" if picture else name] for name in PICTURE}
+            features = {**text, **run(params, Vilt.encode_image, named)}
+            pooled.append(run(params, Vilt.fuse, features, False, picture)["pooled"])
+        return {"logits": head(params, "pair_logits", *pooled)}
+
+    return {answer: bool(heads.answer), classify: bool(heads.pair or heads.tag)}

@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -22,7 +21,6 @@ import shutil
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,10 +31,16 @@ import orbax.checkpoint as ocp
 
 from vlp_jax.files import save
 from vlp_jax.parallel import processes
+from vlp_jax.training.digests import (
+    BARRIER_SECONDS,
+    complete_steps,
+    damaged,
+    is_complete,
+    verify,
+    write_digests,
+)
 from vlp_jax.training.paths import flatten, nest
 from vlp_jax.types import ENVIRONMENT, Params, UserError
-
-BARRIER_SECONDS = 600  # how long a process waits for the others at a commit
 
 
 class Checkpointer:
@@ -76,7 +80,7 @@ class Checkpointer:
         """
         path = self._directory / str(step)
         self.wait()
-        if _is_complete(path):
+        if is_complete(path):
             return False
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items["meta"] = ocp.args.JsonSave({**meta, "step": step, "metrics": dict(metrics)})
@@ -103,7 +107,7 @@ class Checkpointer:
         if step is None:
             raise UserError(f"{self._directory} holds no complete checkpoint. Start a new run.")
         path = self._directory / str(step)
-        _verify(path)
+        verify(path)
         items = _items(abstract_state)
         _check_tree(path, "params", items["params"])
         if "ema" in items:
@@ -121,7 +125,7 @@ class Checkpointer:
 
     def latest(self) -> int | None:
         """The newest step that is committed with all its digests, or None."""
-        return max(_complete_steps(self._directory), default=None)
+        return max(complete_steps(self._directory), default=None)
 
     def check(self) -> None:
         """Raises what a save in the background has failed with; call it at every log interval."""
@@ -152,7 +156,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 for leftover in self._directory.iterdir():
-                    half = leftover.name.isdigit() and not _is_complete(leftover)
+                    half = leftover.name.isdigit() and not is_complete(leftover)
                     if half or ".orbax-checkpoint-tmp" in leftover.name:
                         shutil.rmtree(leftover)
         elif jax.process_index() == 0 and path.exists():
@@ -165,13 +169,13 @@ class Checkpointer:
                 (path / "assets").mkdir()
                 for name, content in assets.items():
                     save(path / "assets" / name, content)
-            _write_digests(path)
+            write_digests(path)
             processes.meet("digests")  # complete only now
             if jax.process_index() == 0:
                 self._delete_old()
 
     def _delete_old(self) -> None:
-        steps = _complete_steps(self._directory)
+        steps = complete_steps(self._directory)
         metas = {step: _read_meta(self._directory / str(step)) for step in steps}
         for step in set(steps) - preserved(metas, self._keep, self._best):
             path = self._directory / str(step)
@@ -192,7 +196,7 @@ class Checkpointer:
                 raise
             if jax.process_index() == 0:
                 self._remove_half(path)
-            left = ", ".join(map(str, _complete_steps(self._directory))) or "none"
+            left = ", ".join(map(str, complete_steps(self._directory))) or "none"
             raise UserError(
                 f"The checkpoint of step {path.name} could not be written to {self._directory}: "
                 f"{os.strerror(number)}. Complete steps there: {left}. Make room or give permission, and start "
@@ -202,7 +206,7 @@ class Checkpointer:
     def _remove_half(self, path: Path) -> None:
         for _ in range(20):  # orbax's other threads may still be writing into it
             halves = list(self._directory.glob(f"{path.name}.orbax-checkpoint-tmp*"))
-            halves += [path] if path.exists() and not _is_complete(path) else []
+            halves += [path] if path.exists() and not is_complete(path) else []
             if not halves:
                 return
             for half in halves:
@@ -220,23 +224,33 @@ def preserved(metas: Mapping[int, Mapping[str, Any]], keep: int, best: str) -> s
     return kept | ({max(scores, key=scores.get)} if scores else set())
 
 
-def restore_params(path: str | Path, abstract_params: Params | None = None) -> Params:
-    """Returns the parameters at `path`, as numpy arrays or, given `abstract_params`, placed as it says.
+def write(path: Path, params: Params, meta: Mapping[str, Any], assets: Mapping[str, bytes | str]) -> None:
+    """Writes a checkpoint without optimizer state, as `convert` makes it, into the folder `path`, which is made.
+
+    Not atomic by itself: a folder is complete when its digests are there, which come last.
+    """
+    _silence_orbax()
+    items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(dict(meta))}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
+        orbax.save(path.absolute(), args=ocp.args.Composite(**items))
+    (path / "assets").mkdir()
+    for name, content in assets.items():
+        save(path / "assets" / name, content)
+    write_digests(path)
+
+
+def restore_params(path: str | Path) -> Params:
+    """Returns the parameters at `path` as numpy arrays.
 
     Args:
         path: a step directory, a `checkpoints` directory or a workdir (of these, the newest finite step).
-        abstract_params: nested dict of `ShapeDtypeStruct`s with shardings.
 
     Raises:
-        UserError: nothing complete there, a file missing or changed, or other names or shapes than wanted.
+        UserError: nothing complete there, a file missing or changed.
     """
     path = _resolve(Path(path))
-    _verify(path, ("params", "meta"))
-    if abstract_params is None:
-        return _arrays(path, "params")
-    _check_tree(path, "params", abstract_params)
-    with ocp.StandardCheckpointer() as orbax:
-        return orbax.restore(path / "params", abstract_params)
+    verify(path, ("params", "meta"))
+    return _arrays(path, "params")
 
 
 def open_for_inference(
@@ -252,14 +266,14 @@ def open_for_inference(
         UserError: as `restore_params`, a missing or changed asset, or no averages where they are wanted.
     """
     path = _resolve(Path(path))
-    _verify(path, ("assets",))
+    verify(path, ("assets",))
     params = restore_params(path)
     if averages:
         if not (path / "ema").is_dir():
             raise UserError(
                 f"Checkpoint {path} holds no moving averages: config.ema.decay of its run was 0. Use its parameters."
             )
-        _verify(path, ("ema",))
+        verify(path, ("ema",))
         params = nest((dict(flatten(params)) | dict(flatten(_arrays(path, "ema")))).items())
     meta = {**_read_meta(path), "averages": averages}
     return params, meta, {file.name: file for file in sorted((path / "assets").iterdir())}
@@ -288,7 +302,7 @@ def _resolve(path: Path) -> Path:
     if (path / "params").is_dir():
         return path
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    metas = {step: _read_meta(directory / str(step)) for step in _complete_steps(directory)}
+    metas = {step: _read_meta(directory / str(step)) for step in complete_steps(directory)}
     finite = [step for step, meta in metas.items() if meta.get("finite", True)]
     if not finite:
         there = "holds no complete checkpoint" if path.is_dir() else "is no folder"
@@ -300,88 +314,11 @@ def _resolve(path: Path) -> Path:
     return directory / str(max(finite))
 
 
-def _complete_steps(directory: Path) -> list[int]:
-    if not directory.is_dir():
-        return []
-    return sorted(
-        int(path.name) for path in directory.iterdir() if path.name.isdigit() and _is_complete(path)
-    )
-
-
-def _is_complete(path: Path) -> bool:
-    try:
-        count = json.loads((path / "digests.0.json").read_text())["processes"]
-    except (OSError, ValueError, KeyError):
-        # A damaged digest file is found by _verify; here it only has to be there.
-        return (path / "digests.0.json").is_file()
-    return all((path / f"digests.{process}.json").is_file() for process in range(count))
-
-
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "meta" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise _damaged(path, "meta/metadata", "is missing or unreadable") from error
-
-
-def _files(path: Path) -> Iterator[str]:
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and not file.name.startswith("digests."):
-            yield file.relative_to(path).as_posix()
-
-
-def _write_digests(path: Path) -> None:
-    """Writes this process's part of the digests; array data is shared out, the rest is of process 0."""
-    process, count = jax.process_index(), jax.process_count()
-    deadline = time.monotonic() + BARRIER_SECONDS
-    while not path.is_dir() and time.monotonic() < deadline:
-        time.sleep(0.1)  # process 0 commits by rename; on a shared file system the others see it later
-    mine = [n for n in _files(path) if (zlib.crc32(n.encode()) % count if "/d/" in n else 0) == process]
-    digests = dict(zip(mine, _hash_all(path, mine), strict=True))
-    save(path / f"digests.{process}.json", json.dumps({"processes": count, "files": digests}, indent=0))
-
-
-def _hash_all(path: Path, names: list[str]) -> list[str]:
-    def digest(name: str) -> str:
-        try:
-            with (path / name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
-            return ""
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return list(pool.map(digest, names))
-
-
-def _verify(path: Path, items: tuple[str, ...] = ()) -> None:
-    """Compares the files of a step (or of some items) with their digests.
-
-    Raises:
-        UserError: names the first file that is missing or changed, or says that the step is incomplete.
-    """
-    if not _is_complete(path):
-        raise UserError(
-            f"{path} is no complete checkpoint: its digests.*.json are missing. Choose another step."
-        )
-    files: dict[str, str] = {}
-    for listing in sorted(path.glob("digests.*.json")):
-        try:
-            files |= json.loads(listing.read_text())["files"]
-        except (ValueError, KeyError) as error:
-            raise _damaged(path, listing.name, "is unreadable") from error
-    names = [name for name in files if not items or name.split("/")[0] in items]
-    for name, actual in zip(names, _hash_all(path, names), strict=True):
-        if actual != files[name]:
-            raise _damaged(path, name, "has changed since it was written" if actual else "is missing")
-
-
-def _damaged(path: Path, name: str, how: str) -> UserError:
-    earlier = [
-        step for step in _complete_steps(path.parent) if not path.name.isdigit() or step < int(path.name)
-    ]
-    advice = f"go back to step {earlier[-1]}" if earlier else "start again: there is no earlier step"
-    item = name.split("/")[0]
-    return UserError(f"Checkpoint {path}: {name} (part of {item}) {how}. Delete {path} to {advice}.")
+        raise damaged(path, "meta/metadata", "is missing or unreadable") from error
 
 
 def _check_tree(path: Path, item: str, wanted: Any) -> None:

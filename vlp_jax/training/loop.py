@@ -24,7 +24,7 @@ from vlp_jax.parallel import mesh as meshes
 from vlp_jax.parallel import processes, shard
 from vlp_jax.systems.base import System
 from vlp_jax.training import optimizer as optimizers
-from vlp_jax.training.checkpoint import Checkpointer, restore_params
+from vlp_jax.training.checkpoint import Checkpointer
 from vlp_jax.training.hooks import Meter, Signals, Watchdog
 from vlp_jax.training.state import TrainState, initial_state, moving_average
 from vlp_jax.training.step import make_train_step
@@ -45,6 +45,7 @@ class Inputs:
     spec: Batch  # key -> shape and type of the global batch
     evaluate: Callable[[Params], dict[str, float]] | None  # "itm/accuracy" -> value, on the validation split
     assets: Mapping[str, bytes]  # files that a checkpoint needs to be used without the data
+    initial: Callable[[Params], Params] | None  # drawn parameters -> those that the run starts with
     meta: Mapping[str, object]  # written into every checkpoint: resolved config, versions, data
 
 
@@ -119,7 +120,7 @@ def _start(
     config: ConfigDict, system: System, optimizer: optimizers.Optimizer, inputs: Inputs, checkpointer: Checkpointer,
     mesh: Mesh,
 ) -> tuple[TrainState, dict]:  # fmt: skip
-    """This run's newest checkpoint, else the parameters of `config.init_from`, else step 0; and the saved window."""
+    """This run's newest checkpoint, else step 0, perhaps with other parameters; and the saved window."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     example = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in inputs.spec.items()}
     make = initial_state(config, system, optimizer, example)
@@ -132,12 +133,11 @@ def _start(
         log.info("resumed from step %d", latest)
         return state, meta["window"]
     state = shard.concrete(make, target)
-    if config.init_from:
-        params = restore_params(config.init_from, target.params)
+    if inputs.initial:
+        params = inputs.initial(state.params)
         # The averages begin with these parameters, not with the drawn ones; in arrays of their own, for donation.
         ema = moving_average(state.ema, params, decay=0.0)
         state = dataclasses.replace(state, params=params, ema=ema)
-        log.info("parameters from %s", config.init_from)
     return state, {}
 
 

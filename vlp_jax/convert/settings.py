@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The config of a converted model: sizes from the arrays, the rest from `config.json`, or the original's default.
+
+Every value comes with its origin, which is printed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlp_jax.convert.engine import Reading
+from vlp_jax.convert.ops import HEADS_IN
+from vlp_jax.types import UserError, closest
+
+ACTIVATIONS = {"gelu": "exact", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
+HEAD_WIDTH = 64  # of every released ViT and BERT
+DEFAULT = "default of"
+OWN = "vlp_jax"  # key of what only we read
+LARGEST = 10 << 20  # bytes of a config.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One config value and why it is so."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+def configure(
+    readings: Sequence[Reading], tables: ModuleType, config: ConfigDict, given: bool, vocab_size: int = 0
+) -> tuple[ConfigDict, list[Setting]]:
+    """Returns the config that the files ask for, unresolved, and what was set.
+
+    Args:
+        readings: of each file.
+        tables: the system's module in vlp_jax/convert/tables.
+        config: the one that the user gave, or the system's own.
+        given: whether the user gave it; its sizes then hold, and those at -1 that follow from its data.
+        vocab_size: of the vocabulary that the user gave; 0 = none.
+
+    Raises:
+        UserError: a `config.json` that says what we do not have, or two files that contradict each other.
+    """
+    config = ConfigDict(config.to_dict())
+    found: dict[str, Setting] = {}
+    for reading in readings:
+        sizes = {**tables.SIZES, **(tables.WHOLE if reading.table.complete else {})}
+        for key, size in sizes.items():
+            value = size(reading.shapes)
+            if value is None or (given and (key in tables.FROM_DATA or _get(config, key) != -1)):
+                continue
+            _note(found, Setting(key, value, f"shapes in {reading.source.path}"))
+        for setting in beside(reading) + ([] if given else _defaults(reading)):
+            _note(found, setting)
+    for setting in found.values():
+        _set(config, setting.key, setting.value)
+    if not given:
+        whole = any(reading.table.complete for reading in readings)
+        for key, value in ((key, follow(config, whole)) for key, follow in tables.IMPLIED.items()):
+            if value is not None and value != _get(config, key):
+                found[key] = Setting(key, value, "follows from the others")
+                _set(config, key, value)
+    if "model.fusion.num_heads" not in found:
+        setting = _heads(readings, config, given)
+        found[setting.key] = setting
+        _set(config, setting.key, setting.value)
+    key = "model.text_embed.vocab_size"
+    if _get(config, key) == -1:
+        origin = "--vocab" if vocab_size else "bert-base-uncased, which ViLT reads"
+        found[key] = Setting(key, vocab_size or tables.VOCAB_SIZE, origin)
+        _set(config, key, found[key].value)
+    return config, [found[key] for key in sorted(found)]
+
+
+def json_beside(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the `config.json` in the folder of a file (or in that folder), and its content; {} if there is none.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON object.
+    """
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        return file, {}
+    try:
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
+        content = json.loads(file.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file}: {error}. It stands beside the weights and would be read: mend or remove it."
+        ) from error
+    return file, content
+
+
+def beside(reading: Reading) -> list[Setting]:
+    """What the `config.json` beside a file says of what shapes do not fix.
+
+    Raises:
+        UserError: it is damaged, or says what we do not have.
+    """
+    file, content = json_beside(reading.source.path)
+    kind, possible = content.get("model_type"), reading.table.model_types
+    if kind and possible and kind not in possible:
+        raise UserError(
+            f"{file} says model_type {kind!r}, but by its names {reading.source.path} is read as: {reading.table.name} "
+            f"({' or '.join(possible)}). Other models have some of its names too. Give the weights of a {possible[0]}."
+        )
+    result = []
+    for key, name in reading.table.settings.items():
+        if content.get(name) is not None:
+            value = (
+                _activation(file, content[name])
+                if key.endswith("gelu")
+                else _number(file, name, content[name])
+            )
+            result.append(Setting(key, value, f"{name} in {file.name}"))
+    return [_own(file, content, setting) for setting in result]
+
+
+def _own(file: Path, content: Mapping[str, Any], setting: Setting) -> Setting:
+    """What an export of ours has added to a `config.json` that has one key for several of our values."""
+    own = content.get(OWN)
+    if not isinstance(own, Mapping) or setting.key not in own:
+        return setting
+    return Setting(setting.key, _number(file, setting.key, own[setting.key]), f"{OWN} in {file.name}")
+
+
+def _defaults(reading: Reading) -> list[Setting]:
+    origin = f"{DEFAULT} {reading.table.name}"
+    return [Setting(key, value, origin) for key, value in reading.table.defaults.items()]
+
+
+def _activation(file: Path, value: Any) -> str:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise UserError(
+            f"{file}: hidden_act is {value!r}.{closest(str(value), ACTIVATIONS)} Possible here: "
+            f"{', '.join(ACTIVATIONS)}. A model with another activation cannot be converted."
+        )
+    return ACTIVATIONS[value]
+
+
+def _number(file: Path, name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**31:
+        raise UserError(f"{file}: {name} is {value!r}, which is no number that it can be. Mend that file.")
+    return value
+
+
+def _note(found: dict[str, Setting], setting: Setting) -> None:
+    """Adds a setting; of two origins what a file says wins over a default, and two files must agree."""
+    before = found.get(setting.key)
+    if before is None or before.origin.startswith(DEFAULT):
+        found[setting.key] = setting
+    elif not setting.origin.startswith(DEFAULT) and before.value != setting.value:
+        raise UserError(
+            f"The sources contradict each other: {setting.key} is {before.value} ({before.origin}) and "
+            f"{setting.value} ({setting.origin}). Give sources that fit, or a config with --config."
+        )
+
+
+def _heads(readings: Sequence[Reading], config: ConfigDict, given: bool) -> Setting:
+    key, width = "model.fusion.num_heads", config.model.width
+    for reading in readings:
+        for piece in reading.pieces:
+            if piece.row.op is HEADS_IN:
+                count = reading.source.tensors[piece.names[0]].shape[1]
+                return Setting(key, count, f"shapes in {reading.source.path}")
+    if given:
+        return Setting(key, config.model.fusion.num_heads, "--config")
+    if width % HEAD_WIDTH:
+        raise UserError(
+            f"The number of attention heads is not known: no config.json beside the source says it, and a width of "
+            f"{width} is no multiple of {HEAD_WIDTH}, which all released models have a head. Put a config.json with "
+            '{"num_attention_heads": N} beside the source, or give --config=... --config.model.fusion.num_heads=N.'
+        )
+    return Setting(key, width // HEAD_WIDTH, f"{HEAD_WIDTH} units a head, as all released sizes have")
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    node: Any = config
+    for name in key.split("."):
+        node = node[name]
+    return node
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    *parents, name = key.split(".")
+    node: Any = config
+    for parent in parents:
+        node = node[parent]
+    node[name] = value

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run starts from (`config.init_from`): checkpoints of ours and files from elsewhere, by the engine of `convert`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from vlp_jax.convert import engine, settings, sources, tables
+from vlp_jax.convert.importing import Resizer
+from vlp_jax.convert.sources import Source, Tensor
+from vlp_jax.convert.tables import Row, Table
+from vlp_jax.training import checkpoint
+from vlp_jax.training.paths import flatten, nest
+from vlp_jax.types import Params, UserError
+
+log = logging.getLogger(__name__)
+
+SHARED = (
+    "model.fusion.num_heads",
+    "model.fusion.eps",
+    "model.text_embed.eps",
+    "model.heads.eps",
+    "model.gelu",
+)
+
+
+class Checkpoint:
+    """A checkpoint of ours as a `sources.Source`: names are our paths."""
+
+    container = "checkpoint"
+
+    def __init__(self, path: Path) -> None:
+        """Reads all parameters.
+
+        Raises:
+            UserError: nothing complete there, or a file of it is missing or changed.
+        """
+        params, self.meta, _ = checkpoint.open_for_inference(path)
+        self.path, self.files, self.skipped = path, (), {}
+        self._arrays = dict(flatten(params))
+        self.tensors = {
+            name: Tensor(array.shape, array.dtype) for name, array in sorted(self._arrays.items())
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns an array, which is let go here."""
+        return self._arrays.pop(name)
+
+    def close(self) -> None:
+        """Lets go of the arrays."""
+        self._arrays = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is one of ours: a step, a folder of steps, or a workdir."""
+    steps = [path / "params", path / "checkpoints", *path.glob("[0-9]*/params")]
+    return path.is_dir() and any(step.is_dir() for step in steps)
+
+
+def starter(config: ConfigDict) -> Callable[[Params], Params] | None:
+    """Returns what turns the drawn parameters of a run into those it starts with; None without `config.init_from`."""
+    if not config.init_from:
+        return None
+    return lambda drawn: parameters(config, drawn)
+
+
+def parameters(config: ConfigDict, drawn: Params) -> Params:
+    """Reads what `config.init_from` names, one or several joined by commas, into a run's parameters.
+
+    Args:
+        config: resolved; reads init_from, system and model.
+        drawn: initial values, placed on the mesh.
+
+    Returns:
+        `drawn`, each parameter that the files have replaced and placed like the one before; the log says which stay.
+
+    Raises:
+        UserError: a file cannot be used or does not fit, all that does not fit in one sorted report.
+    """
+    known, leaves = tables.get(config.system), dict(flatten(drawn))
+    with contextlib.ExitStack() as stack:
+        paths = [Path(path.strip()).expanduser() for path in config.init_from.split(",")]
+        opened = [stack.enter_context(_open(path)) for path in paths]
+        readings = [engine.match(source, _table(source, known.TABLES)) for source in opened]
+        for reading in readings:
+            _compare(reading, config)
+        plan = engine.check(
+            readings, {path: tuple(x.shape) for path, x in leaves.items()}, known.HEADS, known.RESIZE
+        )
+        _tell(plan)
+        filled = plan.fill({path: _whole(leaves[path]) for path in plan.resized}, Resizer(known.RESIZE))
+    for path, array in filled.items():
+        leaves[path] = _placed(array, leaves[path])
+    return nest(leaves.items())
+
+
+def _open(path: Path) -> Source:
+    return Checkpoint(path) if is_checkpoint(path) else sources.open_source(path)
+
+
+def _table(source: Source, known: tuple[Table, ...]) -> Table:
+    if not isinstance(source, Checkpoint):
+        return engine.recognise(source, known)
+    return Table(
+        "checkpoint of vlp_jax", tuple(Row(name, name) for name in source.tensors), marks=(), complete=True
+    )
+
+
+def _compare(reading: engine.Reading, config: ConfigDict) -> None:
+    """Looks at what shapes do not show.
+
+    Raises:
+        UserError: another number of heads: the weights would mean something else.
+    """
+    if isinstance(reading.source, Checkpoint):
+        theirs: Mapping[str, Any] = {key: _get(reading.source.meta["config"], key) for key in SHARED}
+    else:
+        theirs = {setting.key: setting.value for setting in settings.beside(reading)}
+    for key in SHARED:
+        ours = _get(config.to_dict(), key)
+        if theirs.get(key) is None or theirs[key] == ours:
+            continue
+        if key.endswith("num_heads"):
+            raise UserError(
+                f"config.init_from: {reading.source.path} has {theirs[key]} attention heads, but config.{key} is {ours}. "
+                f"Set config.{key}={theirs[key]}."
+            )
+        log.warning("%s was trained with %s %s, this run has %s", reading.source.path, key, theirs[key], ours)
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    node: Any = config
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
+
+
+def _tell(plan: engine.Plan) -> None:
+    for reading in plan.readings:
+        log.info("parameters from %s (%s)", reading.source.path, reading.table.name)
+    kinds = {"fresh": plan.fresh, "a copy": plan.copied, "not taken": plan.unused}
+    for kind, reasons in kinds.items():
+        for path, why in reasons.items():
+            log.info("  %s: %s (%s)", kind, path, why)
+    for path, (old, new) in plan.resized.items():
+        log.info("  resized: %s from %s to %s", path, list(old), list(new))
+
+
+def _whole(leaf: jax.Array) -> np.ndarray:
+    if jax.process_count() == 1:
+        return np.asarray(leaf)
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+
+def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
+    array = np.asarray(array, like.dtype)
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])

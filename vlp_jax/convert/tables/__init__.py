@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How files name what we have: one module a system, found by its name, holding tables and no code of its own.
+
+A system's module has CONFIG (which config a source is read into), TABLES, SIZES (config key -> how arrays fix it),
+HEADS (our paths that may be fresh as a whole), RESIZE (our path -> how it takes another shape).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from vlp_jax.convert.ops import LINEAR, SAME, Op, Shape
+from vlp_jax.types import UserError, closest
+
+Size = Callable[
+    [Mapping[str, Shape]], Any
+]  # shapes by our path -> a config value, None where they do not say
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tensor of a file and what it becomes.
+
+    Attributes:
+        source: its name, `{layer}` standing for the number of a layer. Several: other names of one tensor, of which
+            a file may have any; they must be equal. The first is the one that is written.
+        target: our path, or as many as `op` gives arrays. With `{layer}` in `source` our array stacks the layers.
+        op: what happens on the way.
+    """
+
+    source: str | tuple[str, ...]
+    target: str | tuple[str, ...]
+    op: Op = SAME
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names, one or several."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The paths, one or several."""
+        return (self.target,) if isinstance(self.target, str) else self.target
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """A parameter that takes what another tensor holds, where the file has no tensor of its own for it.
+
+    `when` is a name in the file that shows that the part is there which this parameter belongs to.
+    """
+
+    row: Row
+    when: str
+    because: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One way to name the parameters of a system, or of a part of it.
+
+    Attributes:
+        name: for people: "ViLT as released".
+        format: what `--format` calls it; "" where nothing is exported in it.
+        marks: names, with `{layer}`, all of which only this layout has.
+        rows: what is read.
+        drop: regular expression on whole names -> why such a tensor is not read.
+        fresh: regular expression on our paths -> why such a parameter keeps its initial value.
+        copies: what is taken from elsewhere in the file.
+        prefix: which names in `rows` begin with it and files of the bare body leave it away; "" = none.
+        spellings: (regular expression, replacement) applied to the names of a file first.
+        settings: config key -> key of the `config.json` beside the file.
+        model_types: what `model_type` in that `config.json` may be, where it is said; () = anything.
+        defaults: config key -> what the original has, where no `config.json` says it.
+        fits: shapes by the names in `rows` -> whether it is this layout, where names do not tell.
+        complete: whether it holds a whole system, so that the sizes of all parts follow from it.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    marks: tuple[str, ...]
+    format: str = ""
+    drop: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fresh: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    copies: tuple[Copy, ...] = ()
+    prefix: str = ""
+    spellings: tuple[tuple[str, str], ...] = ()
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    model_types: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fits: Callable[[Mapping[str, Shape]], bool] = lambda shapes: True
+    complete: bool = False
+
+
+def projection(source: str, target: str, op: Op = LINEAR) -> tuple[Row, Row]:
+    """The rows of a PyTorch linear layer, or of a convolution by its `op`: weight and bias."""
+    return Row(f"{source}.weight", f"{target}/kernel", op), Row(f"{source}.bias", f"{target}/bias")
+
+
+def norm(source: str, target: str) -> tuple[Row, Row]:
+    """The rows of a PyTorch LayerNorm: weight and bias."""
+    return Row(f"{source}.weight", f"{target}/scale"), Row(f"{source}.bias", f"{target}/bias")
+
+
+def axis(number: int, *paths: str) -> Size:
+    """The size of an axis of the first of these arrays that there is."""
+    return lambda shapes: next((shapes[path][number] for path in paths if path in shapes), None)
+
+
+def present(path: str) -> Size:
+    """Whether there is such an array."""
+    return lambda shapes: path in shapes
+
+
+def count(number: int, path: str) -> Size:
+    """The size of an axis of an array, 0 where there is none."""
+    return lambda shapes: shapes[path][number] if path in shapes else 0
+
+
+def patch_side(path: str) -> Size:
+    """The side p of patches whose projection is [p p 3, out]."""
+    return lambda shapes: math.isqrt(shapes[path][0] // 3) if path in shapes else None
+
+
+def names() -> list[str]:
+    """The systems that have tables."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in PARTS)
+
+
+# What a `config.json` that someone has put beside a file without one of its own may say.
+BARE_SETTINGS = {"model.fusion.num_heads": "num_attention_heads", "model.gelu": "hidden_act"}
+PARTS = ("vit", "bert")  # rows that several systems share
+
+
+def get(system: str) -> ModuleType:
+    """Imports the tables of a system.
+
+    Raises:
+        UserError: there are none; lists the systems and names the closest.
+    """
+    if system not in names():
+        raise UserError(
+            f"No conversion tables for the system {system!r}.{closest(system, names())} Systems: "
+            f"{', '.join(names())}. Give one of them with --system."
+        )
+    return importlib.import_module(f"{__name__}.{system}")
