@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """ViLT as a system: which parameters there are, what its outputs may depend on, what its objectives see."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from configs import vilt as vilt_configs
+from tests.convert.files import parameters
 from tests.examples import random_batch, vilt_config
 from vlp_jax import systems
 from vlp_jax.parallel import mesh as meshes
 from vlp_jax.parallel import shard
+from vlp_jax.training.paths import nest
 from vlp_jax.types import UserError
 
 
@@ -165,3 +168,74 @@ def test_what_does_not_fit_is_explained(changes, facts, words):
 def test_unknown_system_lists_and_hints():
     with pytest.raises(UserError, match="Did you mean 'vilt'"):
         systems.get("vlit")
+
+
+@pytest.fixture(scope="module")
+def with_all_heads():
+    """A ViLT with every head, its parameters and a batch with two pictures a text."""
+    classes = dict(model__heads__rank=True, model__heads__answer=7, model__heads__pair=2)
+    config = vilt_config(**classes, model__modalities=3)
+    system = systems.get("vilt").build(config)
+    batch = random_batch(config, 3)
+    second = random_batch(config, 3, seed=1)
+    for name in ("patches", "patch_positions", "patch_mask", "grid_size"):
+        batch[f"{name}_1"] = second[name]
+    return config, system, nest(parameters(config).items()), batch
+
+
+def test_heads_of_fine_tuned_weights_give_their_logits(with_all_heads):
+    _, system, params, batch = with_all_heads
+    assert set(params["heads"]) == {"pooler", "mlm", "itm", "rank", "answer", "pair"}
+    assert system.predict["answer"](params, batch)["logits"].shape == (3, 7)
+    # Of two heads for matching the one that retrieval has left counts, beside a score of 0.
+    logits = system.predict["match"](params, batch)["match_logits"]
+    pooled = system.predict["embed"](params, batch)["pooled"]
+    rank = params["heads"]["rank"]["dense"]
+    np.testing.assert_allclose(
+        logits[:, 1], (np.asarray(pooled) @ rank["kernel"])[:, 0] + rank["bias"], rtol=1e-5, atol=1e-6
+    )
+    assert not np.asarray(logits[:, 0]).any()
+
+
+def test_a_pair_knows_its_first_picture_from_its_second(with_all_heads):
+    _, system, params, batch = with_all_heads
+    logits = system.predict["classify"](params, batch)["logits"]
+    assert logits.shape == (3, 2)
+    swapped = {name: x for name, x in batch.items()}
+    for name in ("patches", "patch_positions", "patch_mask", "grid_size"):
+        swapped[name], swapped[f"{name}_1"] = batch[f"{name}_1"], batch[name]
+    assert np.abs(logits - system.predict["classify"](params, swapped)["logits"]).max() > 1e-5
+    third = jax.tree.map(lambda x: x, params)
+    modality = params["fusion"]["modality"] + np.array([[0.0], [0.0], [1.0]], np.float32)
+    third["fusion"] = {
+        **params["fusion"],
+        "modality": modality * np.linspace(0.5, 2, modality.shape[1], dtype=np.float32),
+    }
+    assert np.abs(logits - system.predict["classify"](third, batch)["logits"]).max() > 1e-5
+
+
+def test_word_pieces_are_tagged_without_a_pooler():
+    config = vilt_config(
+        objectives__mlm=0.0,
+        objectives__itm=0.0,
+        objectives__wpa=0.0,
+        model__heads__tag=5,
+        model__heads__pooler=False,
+    )
+    system = systems.get("vilt").build(config)
+    batch = random_batch(config, 2)
+    params = nn.unbox(jax.jit(system.init)(jax.random.key(0), batch)[0])
+    assert set(params["heads"]) == {"tag"} and "embed" not in system.predict and "match" not in system.predict
+    assert system.predict["classify"](params, batch)["token_logits"].shape == (2, 16, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model__heads__pooler=False), "heads.pooler is off, but the heads itm read"),
+        (dict(model__heads__pair=2), "set config.model.modalities to 3"),
+    ],
+)
+def test_heads_that_lack_what_they_read_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        vilt_config(**changes)

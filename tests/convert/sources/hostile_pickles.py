@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import pickle
@@ -304,3 +305,114 @@ def torch_tar(path: Path, mark: Path) -> Path:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return path
+
+
+def legacy_lies() -> dict[str, tuple[bytes, Any, bytes]]:
+    """Pickle, storage names and data of legacy files that contradict themselves; the first is right."""
+    count = struct.pack("<q", 6)
+    two = state_dict(weight=legacy_tensor(), other=legacy_tensor(key="8"))
+    both, good = 2 * (count + FLOATS), state_dict(weight=legacy_tensor())
+
+    def view(first: int, length: int, **fields: bytes) -> bytes:
+        opcodes = b"(" + text("v") + number(first) + number(length) + b"t"
+        return state_dict(weight=legacy_tensor(view=opcodes, **fields))
+
+    one = {"size": numbers((1,)), "stride": numbers((1,))}
+
+    return {
+        "right": (two, ("7", "8"), both),
+        "a storage missing": (two, ("7",), both),
+        "a storage twice": (two, ("7", "7"), both),
+        "a storage unknown": (good, ("7", "9"), both),
+        "no list": (good, "7", both),
+        "keys of numbers": (good, (7,), both),
+        "another number of elements": (good, ("7",), struct.pack("<q", 5) + FLOATS),
+        "a negative number": (good, ("7",), struct.pack("<q", -6) + FLOATS),
+        "data missing": (good, ("7",), count + FLOATS[:-1]),
+        "two sizes": (state_dict(a=legacy_tensor(), b=legacy_tensor(count=5)), ("7",), count + FLOATS),
+        "two types": (
+            state_dict(a=legacy_tensor(), b=legacy_tensor(kind=b"ctorch\nDoubleStorage\n")),
+            ("7",),
+            count + FLOATS * 2,
+        ),
+        "a huge storage": (
+            state_dict(a=legacy_tensor(count=1 << 50)),
+            ("7",),
+            struct.pack("<q", 1 << 50) + FLOATS,
+        ),
+        "a view that leaves": (view(2, 5, **one), ("7",), count + FLOATS),
+        "a tensor that leaves its view": (view(1, 5), ("7",), count + FLOATS),
+        "a negative view": (view(-1, 6), ("7",), count + FLOATS),
+        "a view that is none": (state_dict(a=legacy_tensor(view=number(1))), ("7",), count + FLOATS),
+    }
+
+
+def replaced(path: Path, old: bytes, new: bytes) -> Path:
+    """Changes bytes of a file."""
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    return path
+
+
+def hostile_zips(folder: Path) -> list[Path]:
+    """Writes zips that no torch.save makes."""
+
+    def written(name: str, entries, compression=zipfile.ZIP_STORED) -> Path:
+        with zipfile.ZipFile(folder / name, "w", compression) as archive:
+            for entry, content in entries:
+                archive.writestr(entry, content)
+        return folder / name
+
+    good = [("archive/data.pkl", GOOD), ("archive/data/0", FLOATS)]
+    overlap = torch_zip(folder / "overlap", GOOD, {"0": FLOATS, "1": FLOATS})
+    content = bytearray(overlap.read_bytes())
+    at = content.rindex(b"archive/data/1") - 4  # the offset of its header, in the directory
+    content[at : at + 4] = struct.pack("<L", content.index(b"archive/data/0") - 30)
+    overlap.write_bytes(content)
+    packed = torch_zip(folder / "packed", GOOD, {})
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.writestr("archive/data/0", FLOATS, zipfile.ZIP_DEFLATED)
+    return [
+        overlap,
+        packed,
+        written("bomb", [*good, ("archive/data/1", bytes(10_000_000))], zipfile.ZIP_DEFLATED),
+        written("bzip2", good, zipfile.ZIP_BZIP2),
+        written("parent", [*good, ("archive/../../evil", b"x")]),
+        written("absolute", [*good, ("/etc/evil", b"x")]),
+        written("backslash", [*good, ("archive\\..\\evil", b"x")]),
+        written("roots", [*good, ("other/data.pkl", GOOD)]),
+        written("deep", [("a/b/data.pkl", GOOD), ("a/b/data/0", FLOATS)]),
+        written("rootless", [("data.pkl", GOOD), ("data/0", FLOATS)]),
+        written("other", [("a.txt", b"x")]),
+        written("none", []),
+        replaced(written("twice", [*good, ("archive/data/1", FLOATS)]), b"archive/data/1", b"archive/data/0"),
+        replaced(written("encrypted", good), b"PK\1\2\x14\3\x14\0\0\0", b"PK\1\2\x14\3\x14\0\1\0"),
+    ]
+
+
+class Hook:
+    """A class of the checkpoint that must not be looked up."""
+
+    def __setstate__(self, state):
+        raise AssertionError("built")
+
+
+def lightning(torch, weights):
+    """A checkpoint as Lightning writes it, with objects of classes."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    hook = Hook()
+    hook.note = "x"
+    return {
+        "epoch": 3,
+        "global_step": 100,
+        "pytorch-lightning_version": "1.3.2",
+        "state_dict": weights,
+        "callbacks": {Hook: {"best": torch.ones(1)}, "hook": hook},
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [{"base_lrs": [0.1]}],
+        "hyper_parameters": argparse.Namespace(lr=1e-4, path=Path("x")),
+    }

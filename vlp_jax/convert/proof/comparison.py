@@ -67,7 +67,10 @@ def prove(conversion: Import, params: Mapping[str, np.ndarray]) -> Proof:
         UserError: a file is damaged.
     """
     config = _exact(conversion.config)
-    batch, lines, left = random_batch(config), [], {}
+    kept = conversion.plan.resized.get("text_embed/position", ((PIECES,),))[0][
+        0
+    ]  # positions that the file has
+    batch, lines, left = random_batch(config, kept), [], {}
     for reading in conversion.plan.readings:
         name = str(reading.source.path)
         reference = references.find(unwrapped(reading.source).keys())
@@ -102,10 +105,10 @@ def _exact(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def random_batch(config: ConfigDict) -> dict[str, np.ndarray]:
-    """Two texts and twice two pictures of odd sizes, padded; the same at every call."""
+def random_batch(config: ConfigDict, longest: int = PIECES) -> dict[str, np.ndarray]:
+    """Two texts, of `longest` pieces at most, and twice two pictures of odd sizes, padded; the same at every call."""
     draw, model = np.random.default_rng(0), config.model
-    length, side = min(PIECES, model.text_embed.length), model.patch_embed.grid
+    length, side = min(PIECES, longest, model.text_embed.length), model.patch_embed.grid
     lengths = np.array([length, max(2, length // 2)])
     text_mask = np.arange(length)[None] < lengths[:, None]
     batch = {

@@ -11,9 +11,9 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import io
-import pickletools
 import warnings
 from collections.abc import Callable
+from pickletools import opcodes
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -445,6 +445,6 @@ OPCODES = {
         READERS.get(opcode.name, opcode.arg.reader if opcode.arg else None),
         HANDLERS.get(opcode.name) or getattr(_Machine, opcode.name.lower()),
     )
-    for opcode in pickletools.opcodes
+    for opcode in opcodes
     if opcode.name not in ("STOP", "NEXT_BUFFER", "READONLY_BUFFER")
 }
