@@ -23,6 +23,8 @@ ACTIVATIONS = {"gelu": "exact", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_p
 HEAD_WIDTH = 64  # of every released ViT and BERT
 DEFAULT = "default of"
 OWN = "vlp_jax"  # key of what only we read
+TRANSFORM = "image transform"  # shown among the settings, but no config key
+COLORS = ("image_mean", "image_std")
 LARGEST = 10 << 20  # bytes of a config.json
 
 
@@ -69,6 +71,10 @@ def configure(
             if value is not None and value != _get(config, key):
                 found[key] = Setting(key, value, "follows from the others")
                 _set(config, key, value)
+        for setting in (setting for reading in readings for setting in transform(reading)):
+            found[setting.key] = setting
+            if setting.key != TRANSFORM:
+                _set(config, setting.key, setting.value)
     if "model.fusion.num_heads" not in found:
         setting = _heads(readings, config, given)
         found[setting.key] = setting
@@ -81,13 +87,13 @@ def configure(
     return config, [found[key] for key in sorted(found)]
 
 
-def json_beside(path: Path) -> tuple[Path, dict[str, Any]]:
+def json_beside(path: Path, name: str = "config.json") -> tuple[Path, dict[str, Any]]:
     """Returns the `config.json` in the folder of a file (or in that folder), and its content; {} if there is none.
 
     Raises:
         UserError: it cannot be read, or is no JSON object.
     """
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    file = (path if path.is_dir() else path.parent) / name
     if not file.is_file():
         return file, {}
     try:
@@ -126,6 +132,33 @@ def beside(reading: Reading) -> list[Setting]:
             )
             result.append(Setting(key, value, f"{name} in {file.name}"))
     return [_own(file, content, setting) for setting in result]
+
+
+def transform(reading: Reading) -> list[Setting]:
+    """How pictures are made ready: the shorter side, and how colors are scaled, by what stands beside the weights.
+
+    Ours scales pixels to [-1, 1], as ViLT does with every ViT that it starts from. Another scale is said, not followed.
+
+    Raises:
+        UserError: `preprocessor_config.json` is damaged.
+    """
+    if "patch_embed/position" not in reading.shapes:
+        return []
+    file, content = json_beside(reading.source.path, "preprocessor_config.json")
+    size = content.get("size")
+    side = size.get("shortest_edge") if isinstance(size, Mapping) else size
+    found = [Setting(TRANSFORM, "pixels to [-1, 1]", f"{DEFAULT} ViLT")]
+    if type(side) is int and side > 0:
+        found.append(Setting("data.image_size", side, f"size in {file.name}"))
+    timm, pretrained = json_beside(reading.source.path)
+    pretrained = pretrained.get("pretrained_cfg")
+    pretrained = pretrained if isinstance(pretrained, Mapping) else {}
+    for origin, keys, said in ((file, COLORS, content), (timm, ("mean", "std"), pretrained)):
+        values = [said.get(key) for key in keys]
+        if None not in values and values != [[0.5] * 3] * 2:
+            told = f"{origin.name} has mean {values[0]} and deviation {values[1]}, which is not followed"
+            found.append(Setting(TRANSFORM, "pixels to [-1, 1]", f"ViLT's; {told}"))
+    return found
 
 
 def _own(file: Path, content: Mapping[str, Any], setting: Setting) -> Setting:
