@@ -97,6 +97,8 @@ def plan(source: str, wishes: Wishes) -> Export:
     kept = ConfigDict(config.to_dict())
     for head in drop:
         kept.model.heads[head] = type(kept.model.heads[head])()
+        if head in kept.objectives:
+            kept.objectives[head] = 0.0  # an objective would switch its head on again
     pattern = rf"heads/({'|'.join(map(re.escape, drop))})/" if drop else r"(?!)"
     params = {path: array for path, array in flatten(params) if not re.match(pattern, path)}
     table, rows = _rows(fitting, params)
