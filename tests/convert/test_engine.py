@@ -178,3 +178,13 @@ def test_sizes_are_those_of_the_arrays(config, params):
             node = node[name]
         assert value == node, key
     assert sum(map(math.prod, reading.shapes.values())) == sum(x.size for x in params.values())
+
+
+@pytest.mark.parametrize("shape", [(5,), (64,), (3, 65), (130, 7), (2, 3, 70), (2, 3, 4, 129)])
+def test_copies_by_stripes_are_copies(shape):
+    array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for turned in (array, array.T, array.astype(np.float16).T):
+        target = engine._aligned(turned.shape)
+        assert target.ctypes.data % 64 == 0
+        engine._copy(turned, target)
+        np.testing.assert_array_equal(target, turned)

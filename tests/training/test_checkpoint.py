@@ -208,6 +208,17 @@ def test_open_for_inference_takes_a_workdir_its_checkpoints_or_a_step(two_steps,
         checkpoint.open_for_inference(tmp_path / "gone")
 
 
+def test_parameters_alone_are_written_whatever_their_layout(tmp_path):
+    array = np.arange(15, dtype=np.float32).reshape(3, 5)
+    params = {"a": {"kernel": array.T, "scale": np.float32(2.5)}, "b": array.astype(np.float16)[:, ::2]}
+    checkpoint.write(tmp_path / "made", params, META, {"vocab.txt": "[PAD]"})
+    found, meta, assets = checkpoint.open_for_inference(tmp_path / "made")
+    np.testing.assert_array_equal(found["a"]["kernel"], array.T)
+    np.testing.assert_array_equal(found["b"], array[:, ::2])
+    assert found["a"]["scale"] == 2.5 and found["b"].dtype == np.float16
+    assert assets["vocab.txt"].read_text() == "[PAD]" and meta["config"]["shape"] == [1, 2]
+
+
 def test_averages_stand_in_for_the_parameters_that_have_them(tmp_path):
     keeper = keeper_of(tmp_path)
     keeper.save(1, make_state(1), META, {}, {})

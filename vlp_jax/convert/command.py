@@ -70,6 +70,7 @@ def bring(options: Options, wishes: importing.Wishes) -> None:
     path = None if options.dry_run else target.check(options.target, options.overwrite)
     with contextlib.ExitStack() as stack:
         opened = importing.open_all(stack, options.sources)
+        sha256 = importing.digests(stack, opened) if path else {}
         conversion = importing.plan(opened, wishes)
         print(report.text(report.plan_tables(conversion)), flush=True)
         if path is None:
@@ -78,7 +79,7 @@ def bring(options: Options, wishes: importing.Wishes) -> None:
             return
         params = importing.fill(conversion)
         with target.folder(path) as inside:
-            importing.write(conversion, params, inside)
+            importing.write(conversion, params, sha256, inside)
             proof = _proved(options, conversion, params)
             if kept:
                 report.write(kept, conversion, proof)

@@ -8,6 +8,7 @@ the parameters that a model has; then `Plan.fill` reads, tensor by tensor.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from vlp_jax.convert.tables import Row, Table
 from vlp_jax.types import UserError
 
 LAYER = "{layer}"
+STRIPE = 64  # numbers of a row that are copied at a time
 SHOWN = 40  # lines of a report in an error
 WRAPPERS = (
     "module.",
@@ -94,15 +96,32 @@ class Plan:
                 for path, part in zip(piece.row.targets, parts, strict=True):
                     if path not in self.wanted:
                         continue
-                    if piece.layer is None:
-                        filled[path] = np.ascontiguousarray(part, np.float32)
+                    if piece.layer is None and part.dtype == np.float32 and part.flags.c_contiguous:
+                        filled[path] = part
                         continue
                     if path not in filled:
-                        filled[path] = np.empty(shapes[path], np.float32)
-                    filled[path][piece.layer] = part
+                        filled[path] = _aligned(shapes[path])
+                    _copy(part, filled[path] if piece.layer is None else filled[path][piece.layer])
         for path, (_, wanted) in self.resized.items():
             filled[path] = resize(path, filled[path], wanted, drawn[path])
         return filled
+
+
+def _aligned(shape: Shape) -> np.ndarray:
+    """An empty float32 array that begins where JAX wants it (64 bytes), which then uses it without a copy."""
+    size = 4 * math.prod(shape)
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(np.float32).reshape(shape)
+
+
+def _copy(part: np.ndarray, target: np.ndarray) -> None:
+    """Copies by stripes where the axes are turned round: numpy walks down whole columns, 4 times as slow."""
+    if part.flags.c_contiguous:
+        target[...] = part
+        return
+    for start in range(0, target.shape[-1], STRIPE):
+        target[..., start : start + STRIPE] = part[..., start : start + STRIPE]
 
 
 def _read(reading: Reading, piece: Piece) -> np.ndarray:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -162,8 +163,22 @@ def fill(conversion: Import) -> dict[str, np.ndarray]:
     return filled | {path: drawn[path] for path in conversion.plan.fresh}
 
 
-def write(conversion: Import, params: Mapping[str, np.ndarray], folder: Path) -> None:
-    """Writes parameters, meta and assets as a checkpoint into an empty folder."""
+def digests(
+    stack: contextlib.ExitStack, opened: Sequence[Source]
+) -> dict[Path, concurrent.futures.Future[str]]:
+    """Starts on the sha256 of every file, beside planning and reading; what is not begun ends with `stack`."""
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sha256")
+    stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+    return {file: pool.submit(digest, file) for source in opened for file in source.files}
+
+
+def write(
+    conversion: Import,
+    params: Mapping[str, np.ndarray],
+    sha256: Mapping[Path, concurrent.futures.Future[str]],
+    folder: Path,
+) -> None:
+    """Writes parameters, meta (the files' `sha256` is in it, from `digests`) and assets into an empty folder."""
     plan, assets = conversion.plan, {}
     facts: dict[str, Any] = {}
     if conversion.vocabulary:
@@ -173,7 +188,12 @@ def write(conversion: Import, params: Mapping[str, np.ndarray], folder: Path) ->
     if conversion.labels:
         assets[labels.ASSET] = json.dumps(list(conversion.labels), ensure_ascii=False, indent=0)
     files = [
-        {"file": file.name, "bytes": file.stat().st_size, "sha256": digest(file), "layout": one.table.name}
+        {
+            "file": file.name,
+            "bytes": file.stat().st_size,
+            "sha256": sha256[file].result(),
+            "layout": one.table.name,
+        }
         for one in plan.readings
         for file in one.source.files
     ]
