@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "planning": ("planning", "training", "systems.base", "parallel", "files", "types"),
     "convert": (
         *("convert", "systems", "parallel", "files", "types", "layers.trace"),
-        *("training.checkpoint", "training.paths", "data.spec", "data.text"),
+        *("training.checkpoint", "training.paths", "training.limits", "data.spec", "data.text"),
     ),
 }
 

@@ -79,6 +79,8 @@ def run(
     except KeyboardInterrupt as error:
         return _say("Interrupted.", exit_code(error))
     except Exception as error:
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser
+            return _say("A path begins with ~NAME, but there is no such user. Write it out.", 2)
         if isinstance(error, OSError) and error.errno in ENVIRONMENT:
             where = f": {error.filename}" if error.filename else ""
             message = f"{error.strerror}{where}. Free or choose another place, and start again."

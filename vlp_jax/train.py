@@ -50,7 +50,7 @@ def main(flags: absl_flags.FlagValues) -> None:
                 spec=spec.spec(config, config.train.batch_size),
                 evaluate=quick.evaluator(config, system, facts["visual_ids"], mesh, examples),
                 assets=data_facts.assets(facts),
-                initial=start.starter(config),
+                initial=start.starter(config, facts["vocabulary_sha256"]),
                 meta={"config": config.to_dict(), "facts": facts},
             )
             loop.run(config, system, inputs, folder, mesh)

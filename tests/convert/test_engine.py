@@ -188,3 +188,31 @@ def test_copies_by_stripes_are_copies(shape):
         assert target.ctypes.data % 64 == 0
         engine._copy(turned, target)
         np.testing.assert_array_equal(target, turned)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_refused_by_name(config, params, value):
+    content = tensors(params)
+    content["transformer.blocks.1.mlp.fc1.weight"][3, 5] = value
+    with pytest.raises(UserError, match="transformer.blocks.1.mlp.fc1.weight holds values that are infinite"):
+        checked(config, Memory(content)).fill({}, importing.Resizer(vilt.RESIZE))
+
+
+def test_a_layer_written_with_a_leading_zero_is_a_stranger(config, params):
+    content = tensors(params) | {"transformer.blocks.01.norm1.bias": np.zeros(48, np.float32)}
+    assert any(
+        line.startswith("unexpected  transformer.blocks.01") for line in refused(config, Memory(content))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("token_type_embeddings.weight", (2, 40)),
+        ("text_embeddings.position_embeddings.weight", (16, 40)),
+        ("text_embeddings.position_embeddings.weight", (16,)),
+    ],
+)
+def test_only_the_axes_that_may_change_are_resized(config, params, name, shape):
+    content = tensors(params) | {name: np.zeros(shape, np.float32)}
+    assert any(line.startswith("mis-shaped") for line in refused(config, Memory(content)))

@@ -49,12 +49,18 @@ def run(flags: Mapping[str, Any], config: ConfigDict, given: bool) -> None:
         flags["proof"],
     )
     if flags["format"]:
+        if given:
+            raise UserError("--config is not read with --format: a checkpoint has its own. Leave it away.")
         drop, vocab = tuple(flags["drop"]), flags["vocab"]
         give(
             options,
             exporting.Wishes(flags["system"], flags["format"], flags["as"], drop, vocab, flags["labels"]),
         )
     else:
+        if unread := [f"--{name}" for name in ("as", "drop") if flags[name]]:
+            raise UserError(
+                f"{' and '.join(unread)} concern an export. Give --format=hf or --format=original too."
+            )
         names = ("vocab", "labels", "position_resize")
         bring(options, importing.Wishes(flags["system"], config, given, *(flags[name] for name in names)))
 
@@ -66,8 +72,8 @@ def bring(options: Options, wishes: importing.Wishes) -> None:
         UserError: whatever the user can mend; nothing is left then.
         Stop: 1, our parameters do not compute what the file computes; nothing is left then.
     """
-    kept = report.check(options.report)
-    path = None if options.dry_run else target.check(options.target, options.overwrite)
+    kept = report.check(options.report, options.overwrite, options.sources)
+    path = None if options.dry_run else target.check(options.target, options.overwrite, options.sources)
     with contextlib.ExitStack() as stack:
         opened = importing.open_all(stack, options.sources)
         sha256 = importing.digests(stack, opened) if path else {}
@@ -75,14 +81,14 @@ def bring(options: Options, wishes: importing.Wishes) -> None:
         print(report.text(report.plan_tables(conversion)), flush=True)
         if path is None:
             if kept:
-                report.write(kept, conversion, None)
+                report.write(kept, _title(wishes.system), report.plan_tables(conversion), None)
             return
         params = importing.fill(conversion)
-        with target.folder(path) as inside:
+        with target.folder(path, options.overwrite) as inside:
             importing.write(conversion, params, sha256, inside)
             proof = _proved(options, conversion, params)
             if kept:
-                report.write(kept, conversion, proof)
+                report.write(kept, _title(wishes.system), report.plan_tables(conversion), proof)
             if proof and not proof.good:
                 raise Stop(1, _differs(proof, options))
     print(f"checkpoint: {path}")
@@ -95,8 +101,8 @@ def give(options: Options, wishes: exporting.Wishes) -> None:
         UserError: whatever the user can mend; nothing is left then.
         Stop: 1, what was written is not what the checkpoint holds or computes; nothing is left then.
     """
-    kept = report.check(options.report)
-    path = None if options.dry_run else target.check(options.target, options.overwrite)
+    kept = report.check(options.report, options.overwrite, options.sources)
+    path = None if options.dry_run else target.check(options.target, options.overwrite, options.sources)
     if len(options.sources) != 1:
         raise UserError(
             f"--format takes one --source, a checkpoint of ours; given are {len(options.sources)}."
@@ -104,8 +110,10 @@ def give(options: Options, wishes: exporting.Wishes) -> None:
     export = exporting.plan(options.sources[0], wishes)
     print(report.text(report.export_tables(export)), flush=True)
     if path is None:
+        if kept:
+            report.write(kept, _title(wishes.system), report.export_tables(export), None)
         return
-    with target.folder(path) as inside:
+    with target.folder(path, options.overwrite) as inside:
         written = exporting.write(export, inside)
         with sources.open_source(written) as source:
             again = importing.plan(
@@ -113,13 +121,19 @@ def give(options: Options, wishes: exporting.Wishes) -> None:
             )
             _check_bits(export, importing.fill(again))
             proof = _proved(options, again, dict(export.params))
-            for line in _rounded(export):
+            rounded = _rounded(export)
+            for line in rounded:
                 print(line, flush=True)
         if kept:
-            report.write(kept, again, proof)
+            tables = [*report.export_tables(export), ("differences", [(line,) for line in rounded])]
+            report.write(kept, _title(wishes.system), tables, proof)
         if proof and not proof.good:
             raise Stop(1, _differs(proof, options))
     print(f"{export.class_name or export.table.name}: {path}")
+
+
+def _title(system: str) -> str:
+    return f"Conversion of {system}"
 
 
 def _rounded(export: exporting.Export) -> list[str]:
@@ -154,8 +168,8 @@ def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _proved(options: Options, conversion: importing.Import, params: dict) -> comparison.Proof | None:
-    if not options.proof or not comparison.possible():
-        why = "--proof=false" if not options.proof else "PyTorch is not installed (requirements-oracle.txt)"
+    why = comparison.hindrance() if options.proof else "--proof=false"
+    if why:
         print(f"proof was not run: {why}", flush=True)
         return None
     proof = comparison.prove(conversion, params)
@@ -171,7 +185,6 @@ def _differs(proof: comparison.Proof, options: Options) -> str:
         else "nothing could be compared"
     )
     return (
-        f"Our parameters do not compute what the source computes: {what}. {Path(options.target)} was not made. If a "
-        "config.json beside the source or --config says something wrong (heads, epsilon, activation), mend it; else it is "
-        "a fault of ours. --proof=false converts without the proof."
+        f"Our parameters do not compute what the source computes: {what}. {Path(options.target)} was not made. This is a "
+        "fault of ours: please report it with the plan above. --proof=false converts without the proof."
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,13 +98,25 @@ class Plan:
                         continue
                     if piece.layer is None and part.dtype == np.float32 and part.flags.c_contiguous:
                         filled[path] = part
-                        continue
-                    if path not in filled:
-                        filled[path] = _aligned(shapes[path])
-                    _copy(part, filled[path] if piece.layer is None else filled[path][piece.layer])
+                    else:
+                        if path not in filled:
+                            filled[path] = _aligned(shapes[path])
+                        _copy(part, filled[path] if piece.layer is None else filled[path][piece.layer])
+                    _finite(
+                        reading, piece, filled[path] if piece.layer is None else filled[path][piece.layer]
+                    )
         for path, (_, wanted) in self.resized.items():
             filled[path] = resize(path, filled[path], wanted, drawn[path])
         return filled
+
+
+def _finite(reading: Reading, piece: Piece, array: np.ndarray) -> None:
+    """Refuses what is no number: the sum of an array that holds one is none either."""
+    if not np.isfinite(np.sum(array, dtype=np.float64)):
+        raise UserError(
+            f"{reading.source.path}: {piece.names[0]} holds values that are infinite or no numbers in float32. The file "
+            "is damaged, or the training that wrote it had diverged. Take another one."
+        )
 
 
 def _aligned(shape: Shape) -> np.ndarray:
@@ -198,7 +210,7 @@ def match(source: Source, table: Table) -> Reading:
 
 
 def check(
-    readings: Sequence[Reading], wanted: Mapping[str, Shape], heads: str, resizable: Iterable[str]
+    readings: Sequence[Reading], wanted: Mapping[str, Shape], heads: str, resizable: Mapping[str, str]
 ) -> Plan:
     """Compares what the files give with what a model has.
 
@@ -224,7 +236,7 @@ def check(
         old, new = given[path], wanted[path]
         if old == new:
             continue
-        if path in resizable and len(old) == len(new):
+        if path in resizable and _fixed(resizable[path], old) == _fixed(resizable[path], new):
             resized[path] = old, new
         else:
             faults.append(f"mis-shaped  {path}: {list(old)} in the file, {list(new)} here")
@@ -240,6 +252,11 @@ def check(
         if path in wanted and any(piece.row is copy.row for piece in one.pieces)
     }
     return Plan(tuple(readings), wanted, dict(sorted(fresh.items())), resized, copies, unused)
+
+
+def _fixed(way: str, shape: Shape) -> Shape:
+    """The axes that a way of resizing leaves as they are."""
+    return shape[:-1] if way == "answers" else shape[2:] if way == "grid" else shape[1:]
 
 
 def _not_given(
@@ -349,7 +366,7 @@ _PATTERNS: dict[str, re.Pattern] = {}
 
 def _pattern(template: str) -> re.Pattern:
     if template not in _PATTERNS:
-        _PATTERNS[template] = re.compile(re.escape(template).replace(re.escape(LAYER), r"(\d{1,4})"))
+        _PATTERNS[template] = re.compile(re.escape(template).replace(re.escape(LAYER), r"(0|[1-9]\d{0,3})"))
     return _PATTERNS[template]
 
 

@@ -85,8 +85,8 @@ def plan(source: str, wishes: Wishes) -> Export:
     config = ConfigDict(meta["config"])
     if config.system != wishes.system:
         raise UserError(f"{path} is a checkpoint of {config.system}. Give --system={config.system}.")
-    names = _labels(wishes, assets)
-    vocabulary = _vocabulary(wishes, assets)
+    names = _labels(wishes, assets, config)
+    vocabulary = _vocabulary(wishes, assets, config)
     fitting = [table for table in known.TABLES if table.format == wishes.format]
     if wishes.format == "hf":
         name = hub.choose(config.model.heads, wishes.class_name, wishes.drop)
@@ -106,9 +106,10 @@ def plan(source: str, wishes: Wishes) -> Export:
     tensors = Tensors({key.removeprefix(prefix): (row, layer) for key, row, layer in rows}, params)
     if wishes.format == "hf":
         folder = hub.files(kept, name, names, vocabulary)
-        files, notes = _with_epsilons(folder.files, kept), folder.notes
+        files, notes = folder.files, folder.notes
     else:
         files, notes = _beside(kept, names, vocabulary), _notes(kept, table)
+    files = _with_epsilons(files, kept)
     return Export(path, kept, table, name, params, tensors, files, notes)
 
 
@@ -121,9 +122,10 @@ def write(export: Export, folder: Path) -> Path:
 
 
 def _with_epsilons(files: Mapping[str, bytes], config: ConfigDict) -> dict[str, bytes]:
-    """Adds to config.json, where transformers keeps but does not read it, what its one epsilon cannot say."""
+    """Adds to config.json what it has one place for, or none; transformers keeps it without reading it."""
     content = json.loads(files["config.json"])
-    content[settings.OWN] = {f"model.{part}.eps": config.model[part].eps for part in EPSILONS}
+    own = {f"model.{part}.eps": config.model[part].eps for part in EPSILONS}
+    content[settings.OWN] = own | {"model.text_embed.pad_id": config.model.text_embed.pad_id}
     return {**files, "config.json": json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"}
 
 
@@ -166,16 +168,32 @@ def _check_heads(there: Sequence[str], drop: Sequence[str]) -> None:
             )
 
 
-def _labels(wishes: Wishes, assets: Mapping[str, Path]) -> list[str] | None:
-    if wishes.labels:
-        return labels.load(Path(wishes.labels).expanduser())
-    return labels.load(assets[labels.ASSET]) if labels.ASSET in assets else None
+def _labels(wishes: Wishes, assets: Mapping[str, Path], config: ConfigDict) -> list[str] | None:
+    if not wishes.labels:
+        return labels.load(assets[labels.ASSET]) if labels.ASSET in assets else None
+    found = labels.load(Path(wishes.labels).expanduser())
+    classes = [config.model.heads[head] for head in labels.HEADS if config.model.heads[head]]
+    if len(found) not in classes:
+        raise UserError(
+            f"--labels={wishes.labels} names {len(found)} classes, but the heads of the checkpoint have "
+            f"{' and '.join(map(str, classes)) or 'none'}. Give as many labels as there are classes."
+        )
+    return found
 
 
-def _vocabulary(wishes: Wishes, assets: Mapping[str, Path]) -> Path | None:
+def _vocabulary(wishes: Wishes, assets: Mapping[str, Path], config: ConfigDict) -> Path | None:
     """The vocabulary that the user gave, or the one among the assets."""
     if wishes.vocab:
-        return Vocabulary.load(Path(wishes.vocab).expanduser()).path
+        vocabulary, rows = (
+            Vocabulary.load(Path(wishes.vocab).expanduser()),
+            config.model.text_embed.vocab_size,
+        )
+        if vocabulary.size > rows:
+            raise UserError(
+                f"--vocab={wishes.vocab} has {vocabulary.size} pieces, but the word table {rows} rows. Give the "
+                "vocabulary that the weights were trained with."
+            )
+        return vocabulary.path
     return next((path for name, path in assets.items() if name.endswith((".txt", ".model"))), None)
 
 

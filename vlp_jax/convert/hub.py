@@ -129,12 +129,12 @@ def config_json(config: Any, class_name: str, labels: Sequence[str] | None) -> d
     if model.gelu not in GELUS:
         raise UserError(
             f"transformers has no name for config.model.gelu={model.gelu}. Possible: {', '.join(GELUS)}. "
-            "Export with --config.model.gelu=exact: the two differ by 2.9e-5 at most."
+            "Export with --format=original, or fine-tune with config.model.gelu=exact, which differs by 2.9e-5."
         )
     if "pair" in heads and model.modalities <= PICTURES_OF_A_PAIR:
         raise UserError(
             f"{class_name} marks its two pictures by rows 1 and 2 of the modality table, but this model has "
-            f"{model.modalities} rows. Possible: {PICTURES_OF_A_PAIR + 1} or more. Set config.model.modalities."
+            f"{model.modalities} rows. Possible: {PICTURES_OF_A_PAIR + 1} or more. Fine-tune with config.model.modalities=3."
         )
     text, patch = model.text_embed, model.patch_embed
     content = {

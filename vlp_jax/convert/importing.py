@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,11 +25,11 @@ from vlp_jax.data import spec
 from vlp_jax.data.text import Vocabulary
 from vlp_jax.files import digest
 from vlp_jax.parallel import shard
-from vlp_jax.training import checkpoint
+from vlp_jax.training import checkpoint, limits
 from vlp_jax.training.paths import flatten, nest
 from vlp_jax.types import UserError
 
-CLASSES = ("answer", "tag", "pair")  # heads whose classes have names
+VOCABULARIES = ("vocab.txt", "vocabulary.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,8 @@ def open_all(stack: contextlib.ExitStack, paths: Sequence[str]) -> list[Source]:
             "--source is missing: nothing to read. Give --source=FILE, several times for several parts."
         )
     resolved = [str(Path(path).expanduser().resolve()) for path in paths]
+    if "" in paths:
+        raise UserError("--source= is empty. Give --source=FILE.")
     for path in resolved:
         if resolved.count(path) > 1:
             raise UserError(f"--source={path} is given {resolved.count(path)} times. Give each file once.")
@@ -117,7 +120,9 @@ def plan(opened: Sequence[Source], wishes: Wishes) -> Import:
     vocabulary = _vocabulary(readings, wishes.vocab)
     size = vocabulary.size if vocabulary else 0
     config, found = settings.configure(readings, known, wishes.config, wishes.config_given, size)
-    theirs, ours = _labels(readings, config, wishes)
+    notes: list[str] = []
+    theirs, ours = _labels(readings, config, wishes, notes)
+    limits.check_numbers(config)
     config = systems.get(wishes.system).resolve(config, {})
     if vocabulary and vocabulary.size > config.model.text_embed.vocab_size:
         raise UserError(
@@ -133,7 +138,7 @@ def plan(opened: Sequence[Source], wishes: Wishes) -> Import:
     resolved = Import(
         config, found, checked, vocabulary, ours, theirs, known.RESIZE, wishes.position_resize, ()
     )
-    return dataclasses.replace(resolved, notes=_notes(resolved))
+    return dataclasses.replace(resolved, notes=notes + _notes(resolved))
 
 
 def shapes(config: ConfigDict) -> dict[str, Shape]:
@@ -212,9 +217,14 @@ def write(
 
 
 def _initial(config: ConfigDict) -> Callable[[], Any]:
-    system = systems.get(config.system).build(config)
-    batch = {key: np.zeros(entry.shape, entry.dtype) for key, entry in spec.spec(config, 1).items()}
-    return lambda: system.init(jax.random.split(jax.random.key(config.seed))[0], batch)[0]
+    """Draws the parameters that a run of this config and seed would begin with."""
+    system, batch = systems.get(config.system).build(config), spec.spec(config, 1)
+
+    def make() -> Any:
+        zeros = {key: jnp.zeros(entry.shape, entry.dtype) for key, entry in batch.items()}
+        return system.init(jax.random.split(jax.random.key(config.seed))[0], zeros)[0]
+
+    return make
 
 
 def _vocabulary(readings: Sequence[engine.Reading], given: str) -> Vocabulary | None:
@@ -223,37 +233,32 @@ def _vocabulary(readings: Sequence[engine.Reading], given: str) -> Vocabulary | 
         return Vocabulary.load(Path(given).expanduser())
     for reading in readings:
         path = reading.source.path
-        beside = (path if path.is_dir() else path.parent) / "vocab.txt"
-        if "text_embed/word" in reading.shapes and beside.is_file():
-            return Vocabulary.load(beside)
+        folder = path if path.is_dir() else path.parent
+        beside = [file for name in VOCABULARIES if (file := folder / name).is_file()]
+        if "text_embed/word" in reading.shapes and beside:
+            return Vocabulary.load(beside[0])
     return None
 
 
 def _labels(
-    readings: Sequence[engine.Reading], config: ConfigDict, wishes: Wishes
+    readings: Sequence[engine.Reading], config: ConfigDict, wishes: Wishes, notes: list[str]
 ) -> tuple[list[str], list[str]]:
     """(labels of the file's classes, labels of the new model's classes); sets the number of classes that follows."""
     heads = config.model.heads
-    named = next((name for name in CLASSES if heads[name]), "")
-    theirs: list[str] = []
-    for reading in readings:
-        file, content = settings.json_beside(reading.source.path)
-        theirs = theirs or (labels.of_config(content, file) if named and reading.table.complete else [])
-    sizes = [
-        shape[-1]
-        for one in readings
-        for path, shape in one.shapes.items()
-        if path.endswith(f"{named}/out/bias")
-    ]
-    if theirs and sizes and len(theirs) != sizes[0]:
-        theirs = []  # of another head
+    named = next((name for name in labels.HEADS if heads[name]), "")
+    theirs = _file_labels(readings, named, notes) if named else []
     if not wishes.labels:
         return theirs, theirs if theirs and len(theirs) == heads[named] else []
     ours = labels.load(Path(wishes.labels).expanduser())
     if not named:
         raise UserError(
             f"--labels={wishes.labels} names {len(ours)} classes, but the model has no head with classes. Leave --labels "
-            f"away, or give a config with one (config.model.heads.{', '.join(CLASSES)})."
+            f"away, or give a config with one (config.model.heads.{', '.join(labels.HEADS)})."
+        )
+    if named != "answer" and theirs and list(ours) != theirs and set(ours) & set(theirs):
+        raise UserError(
+            f"--labels={wishes.labels} has other classes than the file, or in another order: {', '.join(ours[:5])} and "
+            f"{', '.join(theirs[:5])}. Of the head {named} they cannot be changed. Leave --labels away."
         )
     if len(ours) != heads[named]:
         if wishes.config_given or named != "answer":
@@ -263,6 +268,24 @@ def _labels(
             )
         heads[named] = len(ours)
     return theirs, ours
+
+
+def _file_labels(readings: Sequence[engine.Reading], named: str, notes: list[str]) -> list[str]:
+    """What stands beside a file names its classes with; what cannot be their names is noted and not taken."""
+    for reading in readings:
+        ends = (f"heads/{named}/out/bias", f"heads/{named}/dense/bias")
+        classes = next((reading.shapes[path][-1] for path in ends if path in reading.shapes), 0)
+        file, content = settings.json_beside(reading.source.path)
+        if beside := file.with_name(labels.ASSET) if file.with_name(labels.ASSET).is_file() else None:
+            file = beside
+        found = labels.load(beside) if beside else labels.of_config(content, file) if classes else []
+        if len(found) == classes == len(set(found)):
+            return found
+        if found and classes:
+            notes.append(
+                f"{file}: its {len(set(found))} different labels are not taken for the {classes} classes"
+            )
+    return []
 
 
 def _notes(conversion: Import) -> list[str]:

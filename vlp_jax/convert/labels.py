@@ -13,6 +13,7 @@ from typing import Any
 from vlp_jax.types import UserError
 
 ASSET = "labels.json"  # in a checkpoint: a list, the label of class 0 first
+HEADS = ("answer", "tag", "pair")  # whose classes have names
 LARGEST = 64 << 20  # bytes
 
 
@@ -26,7 +27,7 @@ def load(path: Path) -> list[str]:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has more than {LARGEST} bytes")
         text = path.read_text("utf-8-sig")
-        content: Any = json.loads(text) if path.suffix == ".json" else text.splitlines()
+        content: Any = json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
         found = _ordered(content) if isinstance(content, Mapping) else content
         return _checked(found)
     except (OSError, ValueError, RecursionError) as error:
@@ -42,7 +43,7 @@ def of_config(content: Mapping[str, Any], file: Path) -> list[str]:
     Raises:
         UserError: its id2label is no such list.
     """
-    if "id2label" not in content:
+    if not content.get("id2label"):
         return []
     try:
         found = _ordered(content["id2label"])

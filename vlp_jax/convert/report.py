@@ -6,7 +6,8 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,26 @@ SUFFIXES = (".html", ".json")
 Table = tuple[str, Sequence[Sequence[str]]]  # headline, rows
 
 
-def check(target: str) -> Path | None:
+def check(target: str, overwrite: bool = False, sources: Sequence[str] = ()) -> Path | None:
     """Where the report goes; None where none is wanted.
 
     Raises:
-        UserError: another suffix than .html or .json, or no folder to write to.
+        UserError: another suffix than .html or .json, no folder to write to, or a file that is there already.
     """
     if not target:
         return None
-    path = Path(target).expanduser()
+    path = Path(target).expanduser().absolute()
     if path.suffix not in SUFFIXES or path.is_dir():
         raise UserError(f"--report={target} is no report's name. Possible: FILE{' or FILE'.join(SUFFIXES)}.")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--report={target}: {path.absolute().parent} is no folder. Make it first.")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise UserError(
+            f"--report={target}: {path.parent} is no folder that may be written to. Give another place."
+        )
+    beside = {Path(source).expanduser().absolute() for source in sources}
+    if path.exists() and (
+        not overwrite or beside & {path, path.parent} or path.parent in {b.parent for b in beside}
+    ):
+        raise UserError(f"--report={target} exists and is left as it is. Give another name.")
     return path
 
 
@@ -111,12 +119,22 @@ def text(tables: Sequence[Table]) -> str:
     return "\n".join(blocks)
 
 
-def write(path: Path, conversion: Import, proof: Proof | None) -> None:
-    """Writes the report by the suffix of its name."""
-    tables = plan_tables(conversion) + (proof_tables(proof) if proof else [("proof", [("was not run",)])])
-    if path.suffix == ".json":
-        save(path, json.dumps(_as_json(conversion, proof, tables), indent=1, ensure_ascii=False))
-        return
+def write(path: Path, title: str, tables: Sequence[Table], proof: Proof | None) -> None:
+    """Writes the report by the suffix of its name.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        save(path, _as_json(tables, proof) if path.suffix == ".json" else _as_html(title, tables, proof))
+    except OSError as error:
+        raise UserError(
+            f"--report={path} cannot be written: {error.strerror}. Give another place."
+        ) from error
+
+
+def _as_html(title: str, tables: Sequence[Table], proof: Proof | None) -> str:
+    tables = [*tables, *(proof_tables(proof) if proof else [("proof", [("was not run",)])])]
     blocks = [
         f"<h2>{html.escape(headline)}</h2><table>"
         + "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -124,23 +142,19 @@ def write(path: Path, conversion: Import, proof: Proof | None) -> None:
         for headline, rows in tables
         if rows
     ]
-    title = f"Conversion to {conversion.config.system}"
     style = (
         "body{font:15px/1.45 sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
         "td{padding:.1rem 1.2rem .1rem 0;vertical-align:top;overflow-wrap:anywhere}"
         "@media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}}"
     )
-    save(
-        path,
+    return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-        f"<h1>{title}</h1>{''.join(blocks)}</html>\n",
+        f"<h1>{title}</h1>{''.join(blocks)}</html>\n"
     )
 
 
-def _as_json(conversion: Import, proof: Proof | None, tables: Sequence[Table]) -> Mapping[str, Any]:
-    content: dict[str, Any] = {
-        headline: [list(row) for row in rows] for headline, rows in tables if "proof" not in headline
-    }
+def _as_json(tables: Sequence[Table], proof: Proof | None) -> str:
+    content: dict[str, Any] = {headline: [list(row) for row in rows] for headline, rows in tables}
     content["proof"] = None
     if proof:
         parts = [
@@ -153,7 +167,7 @@ def _as_json(conversion: Import, proof: Proof | None, tables: Sequence[Table]) -
             "parts": parts,
             "not compared": dict(proof.left_out),
         }
-    return content
+    return json.dumps(content, indent=1, ensure_ascii=False)
 
 
 def _finite(value: float) -> float | str:

@@ -23,6 +23,7 @@ ACTIVATIONS = {"gelu": "exact", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_p
 HEAD_WIDTH = 64  # of every released ViT and BERT
 DEFAULT = "default of"
 OWN = "vlp_jax"  # key of what only we read
+OWNED = ("model.text_embed.eps", "model.fusion.eps", "model.heads.eps", "model.text_embed.pad_id")
 TRANSFORM = "image transform"  # shown among the settings, but no config key
 COLORS = ("image_mean", "image_std")
 LARGEST = 10 << 20  # bytes of a config.json
@@ -61,6 +62,7 @@ def configure(
             if value is None or (given and (key in tables.FROM_DATA or _get(config, key) != -1)):
                 continue
             _note(found, Setting(key, value, f"shapes in {reading.source.path}"))
+        _check_stated(reading, {**tables.SIZES, **tables.WHOLE}, tables.STATED)
         for setting in beside(reading) + ([] if given else _defaults(reading)):
             _note(found, setting)
     for setting in found.values():
@@ -122,16 +124,17 @@ def beside(reading: Reading) -> list[Setting]:
             f"{file} says model_type {kind!r}, but by its names {reading.source.path} is read as: {reading.table.name} "
             f"({' or '.join(possible)}). Other models have some of its names too. Give the weights of a {possible[0]}."
         )
+    own = {setting.key: setting for setting in _own(file, content)}
     result = []
     for key, name in reading.table.settings.items():
         if content.get(name) is not None:
             value = (
                 _activation(file, content[name])
                 if key.endswith("gelu")
-                else _number(file, name, content[name])
+                else _number(file, key, name, content[name])
             )
             result.append(Setting(key, value, f"{name} in {file.name}"))
-    return [_own(file, content, setting) for setting in result]
+    return [setting for setting in result if setting.key not in own] + list(own.values())
 
 
 def transform(reading: Reading) -> list[Setting]:
@@ -161,12 +164,36 @@ def transform(reading: Reading) -> list[Setting]:
     return found
 
 
-def _own(file: Path, content: Mapping[str, Any], setting: Setting) -> Setting:
-    """What an export of ours has added to a `config.json` that has one key for several of our values."""
+def _check_stated(reading: Reading, sizes: Mapping[str, Any], stated: Mapping[str, str]) -> None:
+    """Compares the sizes that `config.json` states with those of the arrays.
+
+    Raises:
+        UserError: they differ: it belongs to other weights, or the grid of positions is no square.
+    """
+    file, content = json_beside(reading.source.path)
+    for name, key in stated.items():
+        found = sizes[key](reading.shapes)
+        if found is not None and isinstance(content.get(name), int) and content[name] != found:
+            raise UserError(
+                f"{file} says {name} {content[name]}, but {reading.source.path} has {found}. They do not belong together: "
+                "put the right config.json beside the weights, or remove it."
+            )
+    side, grid = content.get("image_size"), sizes["model.patch_embed.grid"](reading.shapes)
+    patch = sizes["model.patch_embed.patch_size"](reading.shapes)
+    if isinstance(side, list) and grid and patch and side != [grid * patch] * 2:
+        raise UserError(
+            f"{file} says image_size {side}: a grid of positions that is no square of {grid} x {grid} patches cannot be "
+            "converted. Give weights of square pictures."
+        )
+
+
+def _own(file: Path, content: Mapping[str, Any]) -> list[Setting]:
+    """What an export of ours has added to a `config.json` that has no place for it, or one for three epsilons."""
     own = content.get(OWN)
-    if not isinstance(own, Mapping) or setting.key not in own:
-        return setting
-    return Setting(setting.key, _number(file, setting.key, own[setting.key]), f"{OWN} in {file.name}")
+    if not isinstance(own, Mapping):
+        return []
+    given = [key for key in OWNED if key in own]
+    return [Setting(key, _number(file, key, key, own[key]), f"{OWN} in {file.name}") for key in given]
 
 
 def _defaults(reading: Reading) -> list[Setting]:
@@ -183,9 +210,20 @@ def _activation(file: Path, value: Any) -> str:
     return ACTIVATIONS[value]
 
 
-def _number(file: Path, name: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**31:
-        raise UserError(f"{file}: {name} is {value!r}, which is no number that it can be. Mend that file.")
+def _number(file: Path, key: str, name: str, value: Any) -> Any:
+    """A number that a config key can take; 3.0 counts as 3 where whole ones are wanted."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key.endswith("eps"):
+        good, wanted = number and 0 <= value < 1, "a number from 0 to below 1"
+    else:
+        least = int(key.endswith("num_heads"))
+        good, wanted = (
+            number and least <= value < 2**31 and value == int(value),
+            f"a whole number from {least} on",
+        )
+        value = int(value) if good else value
+    if not good:
+        raise UserError(f"{file}: {name} is {value!r}. It must be {wanted}. Mend that file.")
     return value
 
 

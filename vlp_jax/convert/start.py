@@ -72,19 +72,23 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_dir() and any(step.is_dir() for step in steps)
 
 
-def starter(config: ConfigDict) -> Callable[[Params], Params] | None:
-    """Returns what turns the drawn parameters of a run into those it starts with; None without `config.init_from`."""
+def starter(config: ConfigDict, vocabulary_sha256: str = "") -> Callable[[Params], Params] | None:
+    """Returns what turns the drawn parameters of a run into those it starts with; None without `config.init_from`.
+
+    A checkpoint whose vocabulary is another than that of the data, `vocabulary_sha256`, is used with a warning.
+    """
     if not config.init_from:
         return None
-    return lambda drawn: parameters(config, drawn)
+    return lambda drawn: parameters(config, drawn, vocabulary_sha256)
 
 
-def parameters(config: ConfigDict, drawn: Params) -> Params:
+def parameters(config: ConfigDict, drawn: Params, vocabulary_sha256: str = "") -> Params:
     """Reads what `config.init_from` names, one or several joined by commas, into a run's parameters.
 
     Args:
         config: resolved; reads init_from, system and model.
         drawn: initial values, placed on the mesh.
+        vocabulary_sha256: of the run's data; "" = not compared.
 
     Returns:
         `drawn`, each parameter that the files have replaced and placed like the one before; the log says which stay.
@@ -94,15 +98,21 @@ def parameters(config: ConfigDict, drawn: Params) -> Params:
     """
     known, leaves = tables.get(config.system), dict(flatten(drawn))
     with contextlib.ExitStack() as stack:
-        paths = [Path(path.strip()).expanduser() for path in config.init_from.split(",")]
+        names = [name.strip() for name in config.init_from.split(",")]
+        if not all(names) or len(set(names)) < len(names):
+            raise UserError(
+                f"config.init_from={config.init_from!r} has an empty part, or one twice. Give each once."
+            )
+        paths = [Path(name).expanduser() for name in names]
         opened = [stack.enter_context(_open(path)) for path in paths]
         readings = [engine.match(source, _table(source, known.TABLES)) for source in opened]
         for reading in readings:
             _compare(reading, config)
+            _compare_vocabulary(reading, vocabulary_sha256)
         plan = engine.check(
             readings, {path: tuple(x.shape) for path, x in leaves.items()}, known.HEADS, known.RESIZE
         )
-        _tell(plan)
+        _tell(plan, config.system)
         filled = plan.fill({path: _whole(leaves[path]) for path in plan.resized}, Resizer(known.RESIZE))
     for path, array in filled.items():
         leaves[path] = _placed(array, leaves[path])
@@ -143,6 +153,16 @@ def _compare(reading: engine.Reading, config: ConfigDict) -> None:
         log.warning("%s was trained with %s %s, this run has %s", reading.source.path, key, theirs[key], ours)
 
 
+def _compare_vocabulary(reading: engine.Reading, sha256: str) -> None:
+    facts = reading.source.meta.get("facts", {}) if isinstance(reading.source, Checkpoint) else {}
+    theirs = facts.get("vocabulary_sha256", sha256)
+    if sha256 and theirs != sha256 and "text_embed/word" in reading.shapes:
+        log.warning(
+            "%s was trained with another vocabulary (sha256 %s...) than the data has (%s...): its rows of the word table "
+            "belong to other pieces", reading.source.path, theirs[:12], sha256[:12],
+        )  # fmt: skip
+
+
 def _get(config: Mapping[str, Any], key: str) -> Any:
     node: Any = config
     for name in key.split("."):
@@ -150,7 +170,7 @@ def _get(config: Mapping[str, Any], key: str) -> Any:
     return node
 
 
-def _tell(plan: engine.Plan) -> None:
+def _tell(plan: engine.Plan, system: str) -> None:
     for reading in plan.readings:
         log.info("parameters from %s (%s)", reading.source.path, reading.table.name)
     kinds = {"fresh": plan.fresh, "a copy": plan.copied, "not taken": plan.unused}
@@ -158,6 +178,9 @@ def _tell(plan: engine.Plan) -> None:
         for path, why in reasons.items():
             log.info("  %s: %s (%s)", kind, path, why)
     for path, (old, new) in plan.resized.items():
+        if tables.get(system).RESIZE[path] == "answers":
+            log.info("  fresh: %s (which of its %d classes are which is not known)", path, old[-1])
+            continue
         log.info("  resized: %s from %s to %s", path, list(old), list(new))
 
 

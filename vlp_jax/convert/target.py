@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vlp_jax.types import UserError
 
-HOLDER = ".writing"  # locked as long as the process lives that fills the folder
+MADE = ".converted"  # in what a conversion has made: the names beside it, a line each
 
 
-def check(target: str, overwrite: bool) -> Path:
+def check(target: str, overwrite: bool, sources: Sequence[str] = ()) -> Path:
     """Returns the absolute path of a target that may be written; makes nothing.
 
     Raises:
@@ -35,6 +37,7 @@ def check(target: str, overwrite: bool) -> Path:
                 f"--target {path} exists and is left as it is. Give another folder, or --overwrite to replace what a "
                 "conversion has written there."
             )
+        _refuse_sources(path, sources)
         if not _is_ours(path):
             raise UserError(
                 f"--target {path} holds something else than a converted model ({', '.join(sorted(os.listdir(path))[:5])}"
@@ -49,48 +52,79 @@ def check(target: str, overwrite: bool) -> Path:
 
 
 @contextlib.contextmanager
-def folder(path: Path) -> Iterator[Path]:
+def folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Gives an empty folder beside `path`, which takes its place when all went well and vanishes otherwise.
 
     What a killed conversion to the same target has left is removed first.
+
+    Raises:
+        UserError: something has come to `path` since it was checked.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.unfinished"):
-        if (left / HOLDER).is_file() and not _held(left / HOLDER):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.unfinished"):
+        with contextlib.suppress(OSError), _locked(left):
+            if (left / "replaced").is_dir() and not path.exists():
+                (left / "replaced").replace(path)  # killed between the two renames below
             shutil.rmtree(left)
-    made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent))
+    made = _made(path)
     try:
-        with (made / HOLDER).open("w") as holder:
-            fcntl.flock(holder, fcntl.LOCK_EX)
+        with _locked(made):
             inside = made / path.name
             inside.mkdir()
             yield inside
+            (inside / MADE).write_text("\n".join(sorted(os.listdir(inside))))
             inside.chmod(0o777 & ~_umask())
+            check(str(path), overwrite)
             old = made / "replaced"
-            if path.exists():
-                path.replace(old)
             try:
+                if path.exists():
+                    path.replace(old)
                 inside.replace(path)
-            except OSError:
-                if old.exists():
+            except BaseException:  # Ctrl-C too
+                if old.exists() and not path.exists():
                     old.replace(path)
                 raise
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        for _ in range(20):  # orbax's threads may still be writing into it
+            shutil.rmtree(made, ignore_errors=True)
+            if not made.exists():
+                break
+            time.sleep(0.1)
+
+
+def _made(path: Path) -> Path:
+    """A new folder beside `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"--target {path} cannot be made: {error.strerror}. Give another folder.") from error
+
+
+def _refuse_sources(path: Path, sources: Sequence[str]) -> None:
+    for source in sources:
+        if Path(source).expanduser().resolve().is_relative_to(path.resolve()):
+            raise UserError(
+                f"--target {path} holds the source {source}, which --overwrite would delete. Give another folder."
+            )
 
 
 def _is_ours(path: Path) -> bool:
-    checkpoint = (path / "params").is_dir() and (path / "digests.0.json").is_file()
-    return checkpoint or ((path / "model.safetensors").is_file() and not (path / ".git").exists())
+    """Whether there is nothing in a folder but what a conversion has put there."""
+    try:
+        return set(os.listdir(path)) == {MADE, *(path / MADE).read_text().splitlines()}
+    except (OSError, ValueError):
+        return False
 
 
-def _held(file: Path) -> bool:
-    with file.open() as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a folder as long as the process lives; OSError where another one does."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -147,7 +147,7 @@ def score(
         tasks["words"] = MaskedLanguage(system, facts["visual_ids"], **shared)
     if "match" in system.predict:
         tasks["pairs"] = Matching(system, visual_ids=facts["visual_ids"], **shared)
-    if {"encode_text", "encode_image", "fuse"} <= set(system.predict):
+    if {"encode_text", "encode_image", "fuse", "match"} <= set(system.predict):
         size = PAIRS_A_ROW * wanted.batch_size
         search = dict(gallery=wanted.gallery, captions=wanted.captions, batch_size=size)
         tasks["gallery"] = Retrieval(system, mesh, knowledge, **search)

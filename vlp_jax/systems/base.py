@@ -103,7 +103,7 @@ def divisible(config: ConfigDict) -> None:
             f"Take {size // patch * patch or patch} or {(size // patch + 1) * patch}."
         )
     width, heads = config.model.width, config.model.fusion.num_heads
-    if width % heads:
+    if heads < 1 or width % heads:
         possible = [n for n in range(1, width + 1) if width % n == 0 and n <= 64]
         raise UserError(
             f"config.model.width {width} is not divisible by config.model.fusion.num_heads {heads}. Possible heads: "

@@ -192,9 +192,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            found = re.search(r"os_error_code='(\d+)'", str(error))  # as tensorstore ends its messages
-            number = int(found[1]) if found else getattr(error, "errno", None)
-            if number not in ENVIRONMENT:
+            if (number := _environment(error)) is None:
                 raise
             if jax.process_index() == 0:
                 self._remove_half(path)
@@ -240,8 +238,13 @@ def write(path: Path, params: Params, meta: Mapping[str, Any], assets: Mapping[s
         "meta": ocp.args.JsonSave(dict(meta)),
     }
     handlers = {"params": _lean(), "meta": ocp.JsonCheckpointHandler()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as orbax:
-        orbax.save(path.absolute(), args=ocp.args.Composite(**items))
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as orbax:
+            orbax.save(path.absolute(), args=ocp.args.Composite(**items))
+    except Exception as error:
+        if (number := _environment(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
     (path / "assets").mkdir()
     for name, content in assets.items():
         save(path / "assets" / name, content)
@@ -296,6 +299,13 @@ def open_for_inference(
         params = nest((dict(flatten(params)) | dict(flatten(_arrays(path, "ema")))).items())
     meta = {**_read_meta(path), "averages": averages}
     return params, meta, {file.name: file for file in sorted((path / "assets").iterdir())}
+
+
+def _environment(error: Exception) -> int | None:
+    """The error number where the environment is at fault, also for what tensorstore raises."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))  # as it ends its messages
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return number if number in ENVIRONMENT else None
 
 
 def _arrays(path: Path, item: str) -> Params:

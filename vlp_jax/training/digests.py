@@ -30,7 +30,7 @@ def is_complete(path: Path) -> bool:
     """Whether a step has the digests of all processes that wrote it."""
     try:
         count = json.loads((path / "digests.0.json").read_text())["processes"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         # A damaged digest file is found by verify; here it only has to be there.
         return (path / "digests.0.json").is_file()
     return all((path / f"digests.{process}.json").is_file() for process in range(count))
@@ -79,7 +79,7 @@ def verify(path: Path, items: tuple[str, ...] = ()) -> None:
     for listing in sorted(path.glob("digests.*.json")):
         try:
             files |= json.loads(listing.read_text())["files"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise damaged(path, listing.name, "is unreadable") from error
     names = [name for name in files if not items or name.split("/")[0] in items]
     for name, actual in zip(names, _hash_all(path, names), strict=True):

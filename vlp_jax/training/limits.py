@@ -49,10 +49,24 @@ LIMITS = {
 
 
 def check(config: ConfigDict) -> None:
+    """Checks what a training run reads.
+
+    Raises:
+        UserError: as `check_numbers`; or no objective has a coefficient.
+    """
+    check_numbers(config)
+    if not any(config.objectives.values()):
+        names = ", ".join(f"config.objectives.{name}" for name in config.objectives)
+        raise UserError(
+            f"All objectives are 0: nothing would be learned. Set one or more of {names} above 0."
+        )
+
+
+def check_numbers(config: ConfigDict) -> None:
     """Compares every number with its limits, the number type with the possible ones.
 
     Raises:
-        UserError: names the key, what it is and what it may be; or no objective has a coefficient.
+        UserError: names the key, what it is and what it may be.
     """
     for key, value in flatten(config.to_dict(), "."):
         limits = next((LIMITS[name] for name in LIMITS if fnmatch.fnmatchcase(key, name)), None)
@@ -65,11 +79,6 @@ def check(config: ConfigDict) -> None:
         hint = closest(config.model.dtype, DTYPES)
         raise UserError(
             f"config.model.dtype is '{config.model.dtype}'.{hint} Possible: {', '.join(DTYPES)}. Take one of them."
-        )
-    if not any(config.objectives.values()):
-        names = ", ".join(f"config.objectives.{name}" for name in config.objectives)
-        raise UserError(
-            f"All objectives are 0: nothing would be learned. Set one or more of {names} above 0."
         )
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +18,7 @@ from vlp_jax.convert.importing import Import
 from vlp_jax.convert.proof import references
 from vlp_jax.convert.proof.blocks import Parts
 from vlp_jax.convert.proof.settings import Settings
+from vlp_jax.convert.settings import json_beside
 from vlp_jax.layers import trace
 from vlp_jax.training.paths import nest
 
@@ -55,9 +56,15 @@ class Proof:
         return bool(self.lines) and all(line.good for line in self.lines)
 
 
-def possible() -> bool:
-    """Whether PyTorch is there to run the file with."""
-    return importlib.util.find_spec("torch") is not None
+def hindrance() -> str:
+    """Why a file cannot be run in PyTorch here; "" where it can."""
+    try:
+        importlib.import_module("torch")
+    except ModuleNotFoundError:
+        return "PyTorch is not installed (requirements-oracle.txt)"
+    except Exception as error:  # a broken installation fails in many ways
+        return f"PyTorch does not load: {error}"
+    return ""
 
 
 def prove(conversion: Import, params: Mapping[str, np.ndarray]) -> Proof:
@@ -80,7 +87,7 @@ def prove(conversion: Import, params: Mapping[str, np.ndarray]) -> Proof:
         alone = "text_embed/word" not in reading.shapes
         ours = run_ours(config, _without_text(params, config) if alone else params, batch, alone)
         batch["features"] = ours["norm"][:, : batch["text_ids"].shape[1]]
-        theirs = reference(*_reader(reading, conversion), _settings(config), batch)
+        theirs = reference(*_reader(reading, conversion), _settings(config, reading), batch)
         for part, found in theirs.items():
             if reason := _changed(part, conversion):
                 left[f"{part} of {name}"] = reason
@@ -103,6 +110,12 @@ def _exact(config: ConfigDict) -> ConfigDict:
     config = ConfigDict(config.to_dict())
     config.model.dtype, config.model.unroll, config.model.token_multiple = "float32", 1, 1
     return config
+
+
+def _longest(conversion: Import) -> int:
+    """Pieces that every file has positions for."""
+    path = "text_embed/position"
+    return min([PIECES, *(one.shapes[path][0] for one in conversion.plan.readings if path in one.shapes)])
 
 
 def random_batch(config: ConfigDict, longest: int = PIECES) -> dict[str, np.ndarray]:
@@ -195,10 +208,20 @@ def _without_text(params: Mapping[str, np.ndarray], config: ConfigDict) -> dict[
     return {**params, "fusion/modality": np.zeros((config.model.modalities, config.model.width), np.float32)}
 
 
-def _settings(config: ConfigDict) -> Settings:
-    model = config.model
-    gelu = "exact" if model.gelu == "sigmoid" else model.gelu
-    return Settings(model.fusion.num_heads, model.fusion.eps, model.text_embed.eps, model.heads.eps, gelu)
+def _settings(config: ConfigDict, reading: Reading) -> Settings:
+    """What the reference runs with: what `config.json` states, read apart from settings.py, else what ours has."""
+    model, stated = config.model, json_beside(reading.source.path)[1]
+    own, everywhere = stated.get("vlp_jax") or {}, stated.get("layer_norm_eps")
+
+    def eps(part: str) -> float:
+        ours = model[part].eps if everywhere is None else everywhere
+        return own.get(f"model.{part}.eps", ours) if reading.table.settings else ours
+
+    heads = stated.get("num_attention_heads") or model.fusion.num_heads
+    gelu = {"exact": "exact", "tanh": "tanh", "sigmoid": "exact"}[model.gelu]
+    if stated.get("hidden_act") is not None and model.gelu != "sigmoid":
+        gelu = "exact" if stated["hidden_act"] == "gelu" else "tanh"
+    return Settings(int(heads), eps("fusion"), eps("text_embed"), eps("heads"), gelu)
 
 
 def _reader(reading: Reading, conversion: Import) -> tuple[Callable[[str], np.ndarray], Sequence[str]]:

@@ -113,14 +113,24 @@ def axis(number: int, *paths: str) -> Size:
     return lambda shapes: next((shapes[path][number] for path in paths if path in shapes), None)
 
 
-def present(path: str) -> Size:
-    """Whether there is such an array."""
-    return lambda shapes: path in shapes
+def either(*sizes: Size) -> Size:
+    """The first of these that says something."""
+    return lambda shapes: next((found for size in sizes if (found := size(shapes)) is not None), None)
 
 
-def count(number: int, path: str) -> Size:
-    """The size of an axis of an array, 0 where there is none."""
-    return lambda shapes: shapes[path][number] if path in shapes else 0
+def present(start: str) -> Size:
+    """Whether there is any array whose path starts so: of a head that is there in part, the rest is missing."""
+    return lambda shapes: any(path.startswith(start) for path in shapes)
+
+
+def count(*paths: str) -> Size:
+    """The last size of the first of these arrays that there is; 1 if only others start with the last one, else 0."""
+
+    def size(shapes: Mapping[str, Shape]) -> int:
+        there = next((shapes[path][-1] for path in paths if path in shapes), 0)
+        return there or int(any(path.startswith(paths[-1]) for path in shapes))
+
+    return size
 
 
 def patch_side(path: str) -> Size:

@@ -16,6 +16,7 @@ from vlp_jax.convert.tables import (
     axis,
     bert,
     count,
+    either,
     norm,
     patch_side,
     present,
@@ -29,31 +30,35 @@ HEADS = r"heads/(\w+)/"  # may be fresh, or unused, as a whole
 
 WORD, STACK = "text_embed/word", "fusion/stack/layers"
 # What arrays say of the config; whatever they do not say stays as the config has it.
-BODY = {
-    "model.width": axis(0, "patch_embed/class_token", "fusion/norm/scale"),
+SIZES = {
+    "model.width": either(axis(0, "patch_embed/class_token", "fusion/norm/scale"), axis(1, WORD)),
     "model.patch_embed.patch_size": patch_side("patch_embed/projection/kernel"),
     "model.patch_embed.grid": axis(0, "patch_embed/position"),
     "model.fusion.depth": axis(0, f"{STACK}/norm1/scale"),
     "model.fusion.mlp_width": axis(1, f"{STACK}/mlp/hidden/bias"),
-}
-TEXT = {
-    "model.width": axis(1, WORD),
     "model.text_embed.vocab_size": axis(0, WORD),
     "model.text_embed.segments": axis(0, "text_embed/segment"),
 }
 WHOLE = {
     "model.text_embed.length": axis(0, "text_embed/position"),
     "model.modalities": axis(0, "fusion/modality"),
-    "model.heads.pooler": present("heads/pooler/dense/kernel"),
-    "model.heads.mlm": present("heads/mlm/dense/kernel"),
-    "model.heads.itm": present("heads/itm/dense/kernel"),
-    "model.heads.mpp": present("heads/mpp/dense/kernel"),
-    "model.heads.rank": present("heads/rank/dense/kernel"),
-    "model.heads.answer": count(0, "heads/answer/out/bias"),
-    "model.heads.pair": count(0, "heads/pair/out/bias"),
-    "model.heads.tag": count(0, "heads/tag/dense/bias"),
+    "model.heads.pooler": present("heads/pooler/"),
+    "model.heads.mlm": present("heads/mlm/"),
+    "model.heads.itm": present("heads/itm/"),
+    "model.heads.mpp": present("heads/mpp/"),
+    "model.heads.rank": present("heads/rank/"),
+    "model.heads.answer": count("heads/answer/out/bias", "heads/answer/out/kernel", "heads/answer/"),
+    "model.heads.pair": count("heads/pair/out/bias", "heads/pair/out/kernel", "heads/pair/"),
+    "model.heads.tag": count("heads/tag/dense/bias", "heads/tag/dense/kernel"),
 }
-SIZES = {**TEXT, **BODY}
+# Key of a `config.json` -> config key whose size must be the same.
+STATED = {
+    "hidden_size": "model.width",
+    "num_hidden_layers": "model.fusion.depth",
+    "intermediate_size": "model.fusion.mlp_width",
+    "vocab_size": "model.text_embed.vocab_size",
+    "patch_size": "model.patch_embed.patch_size",
+}
 # What a config that the user gave says by its data.
 FROM_DATA = ("model.text_embed.length", "model.patch_embed.patch_size", "model.patch_embed.grid")
 # Config key -> what follows for it from the config found so far, where the user gave none; None leaves it.
