@@ -107,6 +107,9 @@ def plan(source: str, wishes: Wishes) -> Export:
     if wishes.format == "hf":
         folder = hub.files(kept, name, names, vocabulary)
         files, notes = folder.files, folder.notes
+        if vocabulary and vocabulary.suffix == ".model":
+            # transformers reads tokenizer.json, our import the vocabulary itself.
+            files = {**files, "vocabulary.model": vocabulary.read_bytes()}
     else:
         files, notes = _beside(kept, names, vocabulary), _notes(kept, table)
     files = _with_epsilons(files, kept)
