@@ -216,3 +216,11 @@ def test_a_layer_written_with_a_leading_zero_is_a_stranger(config, params):
 def test_only_the_axes_that_may_change_are_resized(config, params, name, shape):
     content = tensors(params) | {name: np.zeros(shape, np.float32)}
     assert any(line.startswith("mis-shaped") for line in refused(config, Memory(content)))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.bool_, np.complex64])
+def test_weights_are_floating_point_numbers(config, params, dtype):
+    content = tensors(params)
+    content["pooler.dense.weight"] = content["pooler.dense.weight"].astype(dtype)
+    lines = refused(config, Memory(content))
+    assert any(line.startswith(f"mis-typed   pooler.dense.weight {np.dtype(dtype)}: ") for line in lines)

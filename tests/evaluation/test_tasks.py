@@ -22,7 +22,7 @@ from vlp_jax.evaluation.matching import Matching
 from vlp_jax.evaluation.oracle import Knowledge
 from vlp_jax.evaluation.retrieval import Gallery, Retrieval
 from vlp_jax.evaluation.runner import evaluate, fetch, withhold
-from vlp_jax.objectives.matching import exchange
+from vlp_jax.objectives.pairing import exchange
 from vlp_jax.parallel import mesh as meshes
 from vlp_jax.types import UserError
 

@@ -221,7 +221,7 @@ def check(
         resizable: paths that may have another shape in a file.
 
     Raises:
-        UserError: one sorted report of all that is missing, unexpected, doubled or of another shape.
+        UserError: one sorted report of all that is missing, unexpected, doubled, or of another shape or type.
     """
     faults = [f"{line} ({one.source.path})" for one in readings for line in one.faults]
     given: dict[str, Shape] = {}
@@ -386,7 +386,12 @@ def _original(names: Mapping[str, str], row: Row) -> str | None:
 def _piece(
     source: Source, row: Row, layer: int | None, names: tuple[str, ...], faults: list[str]
 ) -> Piece | None:
-    shape = source.tensors[names[0]].shape
+    shape, dtype = source.tensors[names[0]].shape, source.tensors[names[0]].dtype
+    if dtype.kind in "biuc":  # bfloat16 and the like are none of these
+        faults.append(
+            f"mis-typed   {names[0]} {dtype}: weights are floating-point numbers; quantized ones are not read"
+        )
+        return None
     try:
         return Piece(row, layer, names, row.op.shapes(shape))
     except ValueError as error:

@@ -18,7 +18,7 @@ from vlp_jax.models.patch import PatchEmbedder
 from vlp_jax.models.text import TextEmbedder
 from vlp_jax.objectives import masking
 from vlp_jax.objectives.classification import accuracy, by_source, cross_entropy
-from vlp_jax.objectives.matching import exchange
+from vlp_jax.objectives.pairing import exchange
 from vlp_jax.objectives.transport import alignable_text, cosine_cost, transport_plan, word_patch_alignment
 from vlp_jax.systems import base
 from vlp_jax.types import Array, Batch, Extra, Key, LossOut, Params, Term, UserError, closest

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlp_jax.objectives.matching import exchange
+from vlp_jax.objectives.pairing import exchange
 
 
 def draw(seed, image, source=None, valid=None):
