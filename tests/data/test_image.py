@@ -150,8 +150,8 @@ def test_layout():
         image.layout(data(patch_size=50))
 
 
-def resized(pixels, size, mirrored=False):
-    planned = resample.plan(np.array([pixels.shape[:2]]), np.array([size]), np.array([mirrored]))
+def resized(pixels, size, mirrored=False, kind="bicubic"):
+    planned = resample.plan(np.array([pixels.shape[:2]]), np.array([size]), np.array([mirrored]), kind)
     return RESIZE(pixels, *(step[0] for step in planned.values())).numpy()
 
 
@@ -165,10 +165,10 @@ def assert_alike(ours, theirs, words="", share=2e-3):
     assert off.max(initial=0) <= 1 and np.count_nonzero(off) <= 2 + share * off.size, words
 
 
-def by_pil(pixels, size):
+def by_pil(pixels, size, kind=Image.BICUBIC):
     """PIL's two passes, one by one: some releases start with the columns where that is less work."""
-    across = Image.fromarray(pixels).resize((size[1], len(pixels)), Image.BICUBIC)
-    return np.asarray(across.resize(size[::-1], Image.BICUBIC))
+    across = Image.fromarray(pixels).resize((size[1], len(pixels)), kind)
+    return np.asarray(across.resize(size[::-1], kind))
 
 
 RESIZE = tf.function(
@@ -203,6 +203,21 @@ def test_noise_of_any_size_is_resized_as_in_pil():
         if number % 2:
             pixels = (pixels > 127).astype(np.uint8) * np.uint8(255)  # overshoots both ends
         assert_alike(resized(pixels, after), by_pil(pixels, after), f"{size} {after}", 0.03)
+
+
+def test_bilinear_resizing_is_that_of_pil(photograph):
+    pixels = np.asarray(photograph)
+    for size in ((800, 1066), (480, 640), (33, 57), (1100, 90)):
+        expected = by_pil(pixels, size, Image.BILINEAR)
+        assert_alike(resized(pixels, size, kind="bilinear"), expected, f"{size}", 5e-3)
+        assert_alike(resized(pixels, size, True, "bilinear"), expected[:, ::-1], f"{size}", 5e-3)
+    draws = np.random.default_rng(2)
+    for _ in range(60):
+        size, after = draws.integers(1, 90, 2), tuple(draws.integers(1, 130, 2).tolist())
+        pixels = draws.integers(0, 256, (*size, 3), np.uint8)
+        assert_alike(
+            resized(pixels, after, kind="bilinear"), by_pil(pixels, after, Image.BILINEAR), f"{size}", 0.03
+        )
 
 
 def test_long_lines_are_resized_as_in_pil():

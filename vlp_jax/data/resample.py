@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bicubic resizing of uint8 pictures as PIL does it, in tensorflow's fast operations.
+"""Resizing of uint8 pictures as PIL does it, bicubic or bilinear, in tensorflow's fast operations.
 
 PIL filters the rows first, rounds to uint8, then filters the columns, with weights of 22 fractional bits
 (libImaging Resample.c). Here each pass is a batch of small matrix products over tiles of output lines. Sums in
@@ -18,8 +18,20 @@ STRIPS = 8  # parts of a pass: intermediate results stay in the cache, and memor
 _FRACTION = 22  # bits of PIL's fixed-point weights; such a weight is exact in float32
 
 
-def weights(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-    """PIL's bicubic weights (a = -0.5) for a line of `before` pixels that becomes one of `after`.
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5  # a = -0.5
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def _bilinear(x: np.ndarray) -> np.ndarray:
+    return np.maximum(1.0 - x, 0.0)
+
+
+FILTERS = {"bicubic": (_bicubic, 2.0), "bilinear": (_bilinear, 1.0)}  # of |x|, and where they end
+
+
+def weights(before: int, after: int, kind: str = "bicubic") -> tuple[np.ndarray, np.ndarray]:
+    """PIL's weights for a line of `before` pixels that becomes one of `after`; `kind` is one of FILTERS.
 
     Returns:
         first int64 [after], the first pixel that counts, and weight int64 [after, taps] in units of 2^-22.
@@ -27,19 +39,19 @@ def weights(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
     scale = before / after
     stretch = max(scale, 1.0)
     centre = (np.arange(after) + 0.5) * scale
-    first = np.maximum((centre - 2.0 * stretch + 0.5).astype(np.int64), 0)
-    last = np.minimum((centre + 2.0 * stretch + 0.5).astype(np.int64), before)
+    shape, support = FILTERS[kind]
+    first = np.maximum((centre - support * stretch + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + support * stretch + 0.5).astype(np.int64), before)
     tap = np.arange((last - first).max())
     x = np.abs((tap + first[:, None] - centre[:, None] + 0.5) * (1.0 / stretch))
-    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
-    weight = np.where(x < 1, near, np.where(x < 2, far, 0.0)) * (tap < (last - first)[:, None])
+    weight = shape(x) * (tap < (last - first)[:, None])
     total = np.cumsum(weight, 1)[:, -1:]  # from left to right, as PIL sums
     fixed = weight * (1.0 / total) * 2.0**_FRACTION
     return first, np.trunc(fixed + np.copysign(0.5, fixed)).astype(np.int64)
 
 
 @functools.lru_cache(maxsize=256)  # some 100 kB each for photographs
-def packed(before: int, after: int, mirrored: bool = False) -> bytes:
+def packed(before: int, after: int, mirrored: bool = False, kind: str = "bicubic") -> bytes:
     """The plan of one pass as bytes, so that pictures of any size fit one batch; b"" = nothing to do.
 
     For each of the ceil(after / 16) tiles the numbers of its input lines (int32), and for each line of the tile
@@ -48,10 +60,11 @@ def packed(before: int, after: int, mirrored: bool = False) -> bytes:
     Args:
         before, after: pixels of the line.
         mirrored: whether the output lines come in reverse order.
+        kind: one of FILTERS.
     """
     if before == after and not mirrored:
         return b""
-    first, weight = weights(before, after)
+    first, weight = weights(before, after, kind)
     if mirrored:
         first, weight = first[::-1], weight[::-1]
     tiles = -(-after // TILE)
@@ -68,12 +81,15 @@ def packed(before: int, after: int, mirrored: bool = False) -> bytes:
     return lines.tobytes() + dense.tobytes()
 
 
-def plan(before: np.ndarray, after: np.ndarray, mirrored: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def plan(
+    before: np.ndarray, after: np.ndarray, mirrored: np.ndarray | None = None, kind: str = "bicubic"
+) -> dict[str, np.ndarray]:
     """Plans the resizing of n pictures, on the host.
 
     Args:
         before, after: int [n, 2], height and width in pixels.
         mirrored: bool [n], pictures to be mirrored left to right after the resizing; None = none.
+        kind: one of FILTERS.
 
     Returns:
         before, after int32 [n, 2]; across, down: bytes, object [n], for the two passes of `resize`.
@@ -84,12 +100,12 @@ def plan(before: np.ndarray, after: np.ndarray, mirrored: np.ndarray | None = No
     for row, ((tall, wide), (rows, columns), flag) in enumerate(
         zip(before.tolist(), after.tolist(), flags.tolist(), strict=True)
     ):
-        across[row], down[row] = packed(wide, columns, flag), packed(tall, rows)
+        across[row], down[row] = packed(wide, columns, flag, kind), packed(tall, rows, kind=kind)
     return {"before": before, "after": after, "across": across, "down": down}
 
 
 def resize(picture, before, after, across, down):
-    """Resizes as `PIL.Image.resize(..., BICUBIC)` does; then mirrors where the plan says so.
+    """Resizes as `PIL.Image.resize` does with the filter of the plan; then mirrors where the plan says so.
 
     A tensorflow function, eager or not; the arguments after `picture` are one row of `plan`.
 
