@@ -42,6 +42,7 @@ ONLY_IN = {
     "flax": ("layers", "models", "systems", "parallel.shard"),
     "orbax": ("training.checkpoint",),
     "torch": ("convert.proof",),
+    "pycocotools": ("evaluation.detection",),
     "transformers": (),
     "pickle": (),
     "tensorflow_datasets": ("data",),

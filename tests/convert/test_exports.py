@@ -24,6 +24,7 @@ BOUND, SILENT = comparison.BOUND, dict(objectives__mlm=0.0, objectives__itm=0.0,
 ALIKE = {f"model__{part}__eps": 2e-3 for part in exporting.EPSILONS}
 UNLIKE = {"model__text_embed__eps": 2e-3, "model__fusion__eps": 2e-2, "model__heads__eps": 5e-2}
 # Class -> what of our config makes a model that fits it.
+QUICK = ("ViltForMaskedLM", "ViltForImagesAndTextClassification", "pretraining", "VQA")  # the others are slow
 FITTING = {
     "ViltModel": SILENT,
     "ViltForMaskedLM": {**SILENT, "objectives__mlm": 1.0},
@@ -122,7 +123,10 @@ def apart(net, config, params):
     return max(models.ratios(ours, theirs, batch).values()), set(theirs)
 
 
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FITTING],
+)
 def test_transformers_computes_what_ours_does(name, tmp_path, capsys):
     count = {"ViltForQuestionAnswering": 7, "ViltForImagesAndTextClassification": 2}.get(name, 0)
     names = [f"class {number}" for number in range(count)]
@@ -138,7 +142,8 @@ def test_transformers_computes_what_ours_does(name, tmp_path, capsys):
     assert f"{name}: {target}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["ViltForMaskedLM", pytest.param("ViltModel", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViltForMaskedLM", "ViltModel"])
 def test_epsilons_that_differ_are_set_as_the_note_says(name, tmp_path, capsys):
     source, config, params = made(tmp_path, **FITTING[name], **UNLIKE)
     target = given(source, tmp_path / "theirs", proof=name == "ViltForMaskedLM")
@@ -166,7 +171,10 @@ def test_the_tanh_gelu_is_kept(tmp_path):
     check_round_trip(target, config, params)
 
 
-@pytest.mark.parametrize("kind", RELEASED)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in RELEASED],
+)
 def test_the_original_s_names_are_all_there(kind, tmp_path, capsys):
     changes, heads = RELEASED[kind]
     source, config, params = made(tmp_path, **changes)

@@ -260,6 +260,7 @@ def put_together(batch: dict, patch: int) -> np.ndarray:
     return patches.swapaxes(1, 2).reshape(rows * patch, columns * patch, 3)
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_our_pipeline(transformers, tmp_path, realdata):
     from PIL import Image
 

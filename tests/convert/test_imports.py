@@ -29,11 +29,9 @@ STACK = "fusion/stack/layers"
 QUICK = (
     "ViT, Google npz",
     "distilled DeiT, timm",
-    "DeiTForImageClassification in memory",
     "BertForPreTraining, gamma and beta",
     "ViLT as released, NLVR2",
     "ViltForMaskedLM, tied",
-    "ViltForTokenClassification",
 )
 
 

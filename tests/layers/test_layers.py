@@ -71,6 +71,7 @@ def _operands(ids, weight, ignored):
     return jnp.asarray(ids.reshape(-1), jnp.int32), jnp.asarray(weight.reshape(-1, 3))
 
 
+@pytest.mark.slow
 def test_unrolling_and_rematerialisation_change_neither_tree_nor_result():
     x = jax.random.normal(jax.random.key(1), (2, 5, 16))
     mask = jnp.ones((2, 5), bool).at[0, 3:].set(False)

@@ -67,6 +67,7 @@ def test_eight_devices_have_the_loss_of_one(preset):
     assert moment.sharding == kernel.sharding
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_on_every_mesh():
     changes = dict(model__dropout=0.3)
     _, one = three_losses(vilt_config(**changes), jax.devices()[:1])
@@ -101,6 +102,7 @@ def test_a_non_finite_step_changes_nothing_but_the_step():
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@pytest.mark.slow
 def test_moving_average_follows_the_named_parameters():
     run = Run(vilt_config(ema__decay=0.75, ema__parameters=("heads/itm/",)), jax.devices()[:1])
     old = np.asarray(run.state.ema["heads"]["itm"]["dense"]["kernel"])

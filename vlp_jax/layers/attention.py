@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from vlp_jax.layers.linear import HeadLinear, gathered, normal
+from vlp_jax.layers.linear import HeadLinear, Initializer, gathered, normal
 from vlp_jax.layers.product import product
 from vlp_jax.types import Array
 
@@ -110,13 +110,16 @@ class HeadMerge(nn.Module):
 
     features: int
     dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = normal
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch head token head_width"]) -> Float[Array, "batch token width"]:
         """Contracts heads and head width in one product."""
         axes = ("heads", "embed")
         rows = x.shape[1] * x.shape[3]
-        kernel = self.param("kernel", nn.with_logical_partitioning(normal, axes), (rows, self.features))
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(self.kernel_init, axes), (rows, self.features)
+        )
         bias = self.param(
             "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)), (self.features,)
         )

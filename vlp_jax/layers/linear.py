@@ -70,6 +70,7 @@ class HeadLinear(nn.Module):
     num_heads: int
     features: int
     dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = normal
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -77,7 +78,7 @@ class HeadLinear(nn.Module):
         axes = ("embed", "heads")
         head = self.features // self.num_heads
         kernel = self.param(
-            "kernel", nn.with_logical_partitioning(normal, axes), (x.shape[-1], self.features)
+            "kernel", nn.with_logical_partitioning(self.kernel_init, axes), (x.shape[-1], self.features)
         )
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
         bias = self.param("bias", bias_init, (self.features,)).astype(self.dtype)
