@@ -54,7 +54,10 @@ def reference():
     return three_losses(vilt_config(objectives__mpp=0.5), jax.devices()[:1])[1]
 
 
-@pytest.mark.parametrize("preset", ["dp", "fsdp", "fsdp_tp"])
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param("dp", marks=pytest.mark.slow), "fsdp", pytest.param("fsdp_tp", marks=pytest.mark.slow)],
+)
 def test_eight_devices_have_the_loss_of_one(preset):
     run, losses = three_losses(vilt_config(objectives__mpp=0.5, parallel__rules=preset))
     np.testing.assert_allclose(losses, reference(), rtol=1e-5)
@@ -76,6 +79,7 @@ def test_dropout_is_the_same_on_every_mesh():
     assert abs(one[0] - three_losses(vilt_config(), jax.devices()[:1])[1][0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_accumulation_has_the_loss_and_gradient_of_the_whole_batch():
     batch = random_batch(vilt_config(), ROWS)
     whole, parts = (
