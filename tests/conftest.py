@@ -44,6 +44,15 @@ def realdata() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def specs() -> pathlib.Path:
+    """The folder of golden values of DETR beside the checkout."""
+    folder = REALDATA.parent / "specs" / "e2evlp_detr"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/specs")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def scenes_dir(tmp_path_factory) -> pathlib.Path:
     """Prepared scenes of level 1: 64 pictures to train on, 24 each to validate and test. Do not write there."""
     from vlp_jax.data import datasets

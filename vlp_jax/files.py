@@ -3,19 +3,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from vlp_jax.types import UserError
 
 
 def save(path: Path, content: bytes | str) -> None:
-    """Writes a file (text as UTF-8) by rename, so that neither a reader nor a kill ever meets half of it."""
+    """Writes a file (text as UTF-8) as `written` does."""
+    with written(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes its name by rename: neither a reader nor a kill ever meets half of it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

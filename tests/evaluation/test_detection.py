@@ -138,11 +138,8 @@ def test_the_whole_task_on_any_split_into_batches(coco, mesh):
     assert len(task.objects) == len(task.detections) == 100
 
 
-def test_golden_post_processing(realdata):
-    path = realdata.parent / "specs" / "e2evlp_detr" / "goldens_detr.npz"
-    if not path.is_file():
-        pytest.skip("needs ../shared/specs")
-    with np.load(path) as golden:
+def test_golden_post_processing(specs):
+    with np.load(specs / "goldens_detr.npz") as golden:
         scores, labels = detection.best_class(golden["pred_logits"][-1])
         np.testing.assert_allclose(scores, golden["pp_scores"], rtol=1e-6)
         np.testing.assert_array_equal(labels, golden["pp_labels"])

@@ -3,7 +3,6 @@
 
 import json
 import math
-import pathlib
 import re
 
 import jax
@@ -22,17 +21,8 @@ from vlp_jax.training.paths import flatten
 # (depths, widths, stem width): one that has stages of one block and of two, and the layout of ResNet-50, narrow.
 SMALL = ((1, 2, 1, 3), (16, 32, 64, 128), 8)
 NARROW = (DEPTHS[50], (32, 64, 128, 256), 16)
-SPECS = pathlib.Path(__file__).resolve().parents[3] / "shared" / "specs" / "e2evlp_detr"
 DETR_FROZEN = r"(^|/)(stem|stage1)/|(^|/)frozen/"
 NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
-
-
-@pytest.fixture(scope="module")
-def specs():
-    """The folder of golden values beside the checkout."""
-    if not SPECS.is_dir():
-        pytest.skip("needs ../shared/specs")
-    return SPECS
 
 
 def converted(tensors, depths, kernel=lambda w: w.transpose(2, 3, 1, 0), stack=np.stack):

@@ -18,11 +18,8 @@ metrics, matching_cost = jax.jit(detection.metrics), jax.jit(detection.matching_
 
 
 @pytest.fixture(scope="module")
-def golden(realdata):
-    path = realdata.parent / "specs" / "e2evlp_detr" / "goldens_detr.npz"
-    if not path.is_file():
-        pytest.skip("needs ../shared/specs")
-    with np.load(path) as file:
+def golden(specs):
+    with np.load(specs / "goldens_detr.npz") as file:
         found = dict(file)
     # Stored as [layer, batch, ...], the last layer last.
     outputs = [jnp.asarray(np.swapaxes(found[name], 0, 1)) for name in ("pred_logits", "pred_boxes")]

@@ -8,6 +8,7 @@ the parameters that a model has; then `Plan.fill` reads, tensor by tensor.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -361,13 +362,9 @@ def _places(table: Table, name: str) -> Any:
                 yield number, int(match[1]) if match.groups() else None, other
 
 
-_PATTERNS: dict[str, re.Pattern] = {}
-
-
+@functools.cache
 def _pattern(template: str) -> re.Pattern:
-    if template not in _PATTERNS:
-        _PATTERNS[template] = re.compile(re.escape(template).replace(re.escape(LAYER), r"(0|[1-9]\d{0,3})"))
-    return _PATTERNS[template]
+    return re.compile(re.escape(template).replace(re.escape(LAYER), r"(0|[1-9]\d{0,3})"))
 
 
 def _reason(table: Mapping[str, str], name: str) -> str | None:

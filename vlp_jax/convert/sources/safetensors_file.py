@@ -7,7 +7,6 @@ Format: https://huggingface.co/docs/safetensors (the rules of "Format" and what 
 from __future__ import annotations
 
 import json
-import os
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from vlp_jax.convert.sources import Tensor, disk
 from vlp_jax.convert.sources.disk import DTYPES
+from vlp_jax.files import written
 
 # The format allows 100 MB. This is room for 200,000 tensors, and JSON takes twenty times its size in memory.
 HEADER_LIMIT = 25_000_000
@@ -174,19 +174,9 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            _write_arrays(file, names, tensors, known)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = str(path)  # a failed write does not say where
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        _write_arrays(file, names, tensors, known)
 
 
 def _storable(name: str, array: np.ndarray) -> Tensor:
