@@ -15,7 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlp_jax.convert.sources import checksum, open_source
+# The readers are imported here, so that no test of memory counts the first import of one.
+from vlp_jax.convert.sources import (  # noqa: F401
+    checksum,
+    msgpack_file,
+    numpy_file,
+    open_source,
+    recognition,
+    safetensors_file,
+    sharded,
+    tensorflow_file,
+    torch_file,
+)
 from vlp_jax.types import UserError
 
 REAL = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
