@@ -3,12 +3,10 @@
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,28 +302,6 @@ def test_spec_check(config):
         spec.check({key: batch[key] for key in batch if key != "patches"}, expected)
     with pytest.raises(ValueError, match="text_ids is int64"):
         spec.check(batch | {"text_ids": batch["text_ids"].astype(np.int64)}, expected)
-
-
-def _resident_megabytes():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_memory_does_not_grow(config):
-    config.train.batch_size = 4
-    batches = pipeline.batches(config)
-    take(batches, 300)
-    before = _resident_megabytes()
-    for _ in range(1500):
-        next(batches)
-    assert _resident_megabytes() - before < 15  # measured: under 1
-    for _ in range(10):  # the allocator's arenas of new threads come first
-        take(pipeline.evaluation_batches(config, split="validation", batch_size=8), 2)
-    before = _resident_megabytes()
-    for _ in range(30):
-        take(pipeline.evaluation_batches(config, split="validation", batch_size=8), 2)
-    assert _resident_megabytes() - before < 15  # 0.5 each where the Python function keeps its data
 
 
 @pytest.mark.slow
