@@ -26,15 +26,26 @@ def get_config() -> ConfigDict:
     data.dir = ""  # a prepared directory, or a mixture: "coco=DIR:1,vg=DIR:2", or by size "coco=DIR,vg=DIR"
     data.sources = ()  # their names, for the metrics; filled from data.dir
     data.split = "train"  # of the prepared data
-    data.index = "pairs"  # pairs: uniform over (picture, caption); pictures: one caption drawn a picture
+    data.inputs = (
+        "text",
+        "patches",
+    )  # parts of a batch: text, patches or grid, boxes; see vlp_jax/data/spec.py
+    data.index = (
+        "pairs"  # pairs: uniform over (picture, caption); pictures: one caption drawn a picture, if any
+    )
     data.text_length = 40  # word pieces with [CLS] and [SEP], padded and cut
     data.image_size = 384  # shorter side in pixels after resizing
+    data.image_sizes = ()  # of a grid: shorter sides, one of which is drawn in training; () = image_size alone
     data.image_limit = 0  # longest side in pixels; 0 = int(1333 / 800 * image_size), as the original
     data.patch_size = 32  # pixels
     data.max_patches = 0  # patch slots of a picture; 0 = as many as the resize rule can give
     data.buckets = ()  # patch slots that a batch may have, e.g. (192, 216, 228): less padding, a program each; () = one
+    data.canvases = ()  # the same for a grid: (rows, columns) in pixels, the last holds all; () = one square
     data.randaugment = ()  # (operations a picture, magnitude to 30), e.g. (2, 9); () = off
     data.crop = ()  # least and greatest share of the area of a random crop, made a square of image_size; () = off
+    data.size_crop = 0.0  # of a grid: share of pictures that are cut before the last resizing, to 384 ... 600 pixels of 800
+    data.max_boxes = 100  # slots of boxes; those beyond are left out and counted
+    data.categories = "data"  # classes of boxes: data (its own names), coco91 (by raw id) or coco80
     data.flip = 0.0  # share of pictures that are mirrored; never one whose text says left or right
     data.mask_rate = 0.15  # of the word pieces, for masked language modelling
     data.mask_counts_padding = False  # ViLT's quirk: padding takes part in whole-word masking
@@ -55,7 +66,8 @@ def get_config() -> ConfigDict:
     optimizer.frozen = ("(^|/)frozen/",)  # regular expressions: no gradient, no decay
     optimizer.clip_norm = 0.0  # global gradient norm; 0 = off
     optimizer.warmup = 0.1  # share of all steps when below 1, else steps
-    optimizer.decay = "linear"  # after the warm-up: linear, cosine or constant
+    optimizer.decay = "linear"  # after the warm-up: linear, cosine, constant or step
+    optimizer.drops = ()  # of "step": when the rate falls to a tenth, in steps or, below 1, as a share of the run
     optimizer.end_lr = 0.0  # at the last step
 
     config.ema = ema = ConfigDict()

@@ -29,10 +29,21 @@ MAY_IMPORT = {
     "data": ("data", "files", "types"),
     "training": ("training", "systems.base", "parallel", "files", "types"),
     "evaluation": ("evaluation", "systems.base", "parallel", "files", "types", "data.text", "data.image"),
+    "prediction": (
+        *("prediction", "systems.base", "files", "types"),
+        *(
+            "evaluation.detection",
+            "evaluation.frames",
+            "data.grid",
+            "data.image",
+            "data.preparation.admission",
+        ),
+    ),
     "planning": ("planning", "training", "systems.base", "parallel", "files", "types"),
     "convert": (
         *("convert", "systems", "parallel", "files", "types", "layers.trace"),
         *("training.checkpoint", "training.paths", "training.limits", "data.spec", "data.text"),
+        "data.categories",
     ),
 }
 

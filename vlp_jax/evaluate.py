@@ -38,11 +38,11 @@ def main(flags: absl_flags.FlagValues) -> None:
     from vlp_jax.parallel import mesh, processes
     from vlp_jax.training import checkpoint
 
-    params, meta, _ = checkpoint.open_for_inference(places.checkpoint, flags.averages)
+    params, meta, assets = checkpoint.open_for_inference(places.checkpoint, flags.averages)
     config = full.local_config(meta["config"], flags.data, cli.load_config("common"))
     processes.use_cache(config.compilation_cache)
-    devices, wanted, facts = mesh.make_mesh(config.parallel), config.evaluation, data.collect(config)
-    full.check_vocabulary(meta.get("facts", {}), facts)
+    devices, wanted = mesh.make_mesh(config.parallel), config.evaluation
+    facts = full.understood(config, meta, assets, data.collect(config))
     system = systems.build(config, facts)
     rows = spec.spec(pipeline.evaluation_config(config), wanted.batch_size)
     params = full.put(config, system, params, rows, devices)
@@ -50,7 +50,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     knowledge = oracle.Knowledge(sources, [datasets.get(opened.manifest["dataset"]) for opened in sources])
     chosen = {"split": wanted.split, "batch_size": wanted.batch_size, "examples": wanted.examples}
     batches = pipeline.evaluation_batches(config, **chosen)
-    count = wanted.examples or sum(opened.pairs for opened in sources)
+    count = wanted.examples or pipeline.examples(config, wanted.split)
     found = full.score(config, system, params, batches, knowledge, facts, devices, count)
     report.write(places.target, places.run, config, meta, facts, found)
     print(f"{report.table(found.scores)}\nreport: {places.target / 'report.html'}")

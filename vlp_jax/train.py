@@ -27,7 +27,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     from vlp_jax import systems
     from vlp_jax.convert import start
     from vlp_jax.data import facts as data_facts
-    from vlp_jax.data import pipeline, spec
+    from vlp_jax.data import pipeline, source, spec
     from vlp_jax.evaluation import quick
     from vlp_jax.parallel import mesh as meshes
     from vlp_jax.parallel import processes
@@ -38,17 +38,17 @@ def main(flags: absl_flags.FlagValues) -> None:
     with processes.joined(config.parallel, config.compilation_cache) as host:
         facts = data_facts.collect(config)
         logging.getLogger("vlp_jax").info(data_facts.line(facts, config.data.split))
-        config.data.sources = tuple(facts["sources"])
-        module = systems.get(config.system)
+        config.data.sources, module = tuple(facts["sources"]), systems.get(config.system)
         config = module.resolve(config, facts)
         mesh = meshes.make_mesh(config.parallel)
+        opened = functools.partial(source.open_sources, config.data.dir)
         examples = functools.partial(pipeline.evaluation_batches, config, **host)
         with workdir.open_workdir(flags.workdir, config, facts["manifest_sha256"]) as folder:
             system = module.build(config)
             inputs = loop.Inputs(
                 batches=lambda start: pipeline.batches(config, split=config.data.split, start=start, **host),
                 spec=spec.spec(config, config.train.batch_size),
-                evaluate=quick.evaluator(config, system, facts["visual_ids"], mesh, examples),
+                evaluate=quick.evaluator(config, system, facts, mesh, examples, opened),
                 assets=data_facts.assets(facts),
                 initial=start.starter(config, facts["vocabulary_sha256"]),
                 meta={"config": config.to_dict(), "facts": facts},

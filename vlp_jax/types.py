@@ -23,6 +23,11 @@ Params = Mapping[str, Any]  # nested plain dicts of arrays
 Extra = Mapping[str, Any]  # what is neither parameter nor optimizer state (queues, "ema"); {} for most
 
 
+# Why a box of a record is no target; the columns of the batch's `boxes_left_out`. "crowd": a group as COCO marks it.
+# "empty": nothing of it lies in the picture. "unknown": its name is none of the classes. "cropped": it lay outside of a
+# random crop. "too_many": there were more than slots.
+BOXES_LEFT_OUT = ("crowd", "empty", "unknown", "cropped", "too_many")
+
 # What the user can mend: no room, no permission, a bad disk, a path that is something else.
 ENVIRONMENT = frozenset(
     {

@@ -93,7 +93,7 @@ def write(
     """
     directory.mkdir(parents=True, exist_ok=True)
     manifest = {"dataset": name, "builder_version": "1", "licence": "none", "created_with": {}, "splits": {}}
-    fields = {"captions"}
+    fields, names = {"captions"}, []
     for split, records in splits.items():
         files, index = [], {column: [] for column in COLUMNS}
         bounds = np.linspace(0, records, shards + 1).astype(int)
@@ -104,6 +104,7 @@ def write(
                 height, width = sizes[row % len(sizes)]
                 image, lines, extra = pictures(row, height, width), texts(row), more(split, row)
                 fields |= extra.keys() - {"coco_id", "flickr_id"}
+                names += extra.get("box_names", [])
                 key = pixels(image)
                 record = dict(
                     image=image, image_name=f"{row}.jpg", image_key=row + 10**10, captions=lines, height=height,
@@ -132,5 +133,6 @@ def write(
     dropped = entry(directory / "dropped.jsonl") | {"count": 0, "reasons": {}}
     manifest |= {"visual_words": [*COLOURS], "sources": [], "dropped": dropped, "changed": {}, "options": {}}
     manifest["fields"] = sorted(fields)
+    manifest["box_names"] = {name: names.count(name) for name in sorted(set(names))}
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2))
     return directory

@@ -7,6 +7,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -116,7 +117,7 @@ def test_the_whole_task_on_any_split_into_batches(coco, mesh):
         assert source == 0
         return [objects[keys[row]] for row in rows]
 
-    task, passes = Detection(parrot, truth, COCO_IDS), []
+    task, passes = Detection(parrot, truth, COCO_IDS, blind=False), []
     shuffled = np.random.default_rng(0).permutation(len(keys)).tolist()
     twice = shuffled + shuffled[:20]
     for size, order in ((8, None), (64, None), (40, shuffled), (16, twice)):
@@ -235,7 +236,7 @@ def test_objects_of_unknown_categories_are_counted(mesh):
 
     found = {0: said([BOX, BOX], [1, 0], [0.5, 0.5])}
     parrot = Parrot({0: objects}, found, [0], (0, 1))
-    task = Detection(parrot, lambda source, rows: [objects for _ in rows])
+    task = Detection(parrot, lambda source, rows: [objects for _ in rows], blind=False)
     scores = evaluate(parrot, parrot.params, rows_of([0], 8), [task], mesh)
     assert scores["detection/unknown_objects"] == pytest.approx(1 / 3)
     assert scores["detection/ap"] == pytest.approx(1) and "detection/ap_small" not in scores
@@ -255,6 +256,115 @@ def test_pictures_of_several_sources_are_told_apart(mesh):
     batch["example_id"] = np.array([0, 0] + [-1] * 6, np.int32)
     scores = evaluate(parrot, parrot.params, [batch], [task], mesh)
     assert len(task.objects) == 2 and scores["detection/ar_100"] == pytest.approx(0.5)
+
+
+class Seeing:
+    """Finds the objects of two classes in any picture, and says of a withheld one that the first lies at `BOX`."""
+
+    def __init__(self, parrot):
+        self.parrot, self.predict = parrot, {"boxes": self.say}
+
+    def say(self, params, batch):
+        said, seen = self.parrot.say(params, batch), jnp.any(batch["image_mask"], (1, 2))[:, None, None]
+        guess = jnp.array([[[30.0, 0.0, 0.0]]])
+        box = jnp.array([[[35 / 200, 35 / 100, 50 / 200, 50 / 100]]])
+        return {
+            "class_logits": jnp.where(seen, said["class_logits"], guess),
+            "boxes": jnp.where(seen, said["boxes"], box),
+        }
+
+
+def test_the_blind_twin_and_padding(mesh):
+    objects = {0: picture([BOX], [0]), 1: picture([FAR], [0]), 2: picture([FAR], [1])}
+    found = {key: said(one.boxes, one.labels, [0.5]) for key, one in objects.items()}
+    parrot = Parrot(objects, found, [0, 1, 2], (0, 1))
+    task = Detection(Seeing(parrot), lambda source, rows: [objects[row] for row in rows])
+    # The last row is padding, and what it holds counts nowhere.
+    mask = np.zeros((8, 4, 10), bool)
+    mask[0], mask[1, :2], mask[2, :3] = True, True, True
+    batch = dict(next(rows_of([0, 1, 2], 8)), image=np.ones((8, 4, 10, 3), np.uint8), image_mask=mask)
+    scores = evaluate(Seeing(parrot), parrot.params, [batch], [task], mesh)
+    assert scores["detection/padding"] == pytest.approx((0 + 0.5 + 0.25) / 3)
+    assert scores["detection/ap50"] == scores["detection/ap"] == pytest.approx(1)
+    # One guess in every picture: right in the first, wrong in the second, in the third of a class that is not there.
+    same = [said([BOX], [0], [1.0])] * 3
+    expected = average_precision(list(objects.values()), same)
+    assert {name: scores[f"detection/{name}_blind"] for name in expected} == pytest.approx(expected)
+    assert expected["ap50"] == pytest.approx(0.252, abs=1e-3)  # half of the one class
+    assert {name.removesuffix("_blind") for name in scores if name.endswith("_blind")} == {
+        f"detection/{name}" for name in expected
+    }
+
+
+def test_truth_from_records():
+    rows = [
+        dict(height=4, width=6, boxes=[[0, 0, 2, 2]], box_names=["cat"], box_crowd=[1], box_area=[3.0]),
+        dict(height=5, width=6, boxes=[], box_names=[], box_crowd=[], box_area=[]),
+    ]
+
+    class Opened:
+        manifest = {"fields": ["boxes", "box_names", "box_crowd"]}
+        asked = []
+
+        def read(self, wanted, names=()):
+            self.asked.append(tuple(names))
+            return [{name: rows[row][name] for name in names} for row in wanted]
+
+    truth = detection.recorded([Opened()], ["", "dog", "cat"])
+    first, second = truth(0, [0, 1])
+    assert first.labels.tolist() == [2] and first.crowd.tolist() == [1] and first.area.tolist() == [4.0]
+    assert (second.height, second.width) == (5, 6) and second.boxes.shape == (0, 4)
+    assert Opened.asked == [("height", "width", "boxes", "box_names", "box_crowd")]
+
+
+def test_what_a_reader_is_told_of_a_picture():
+    there = picture([BOX, FAR, (0, 60, 30, 30), (100, 60, 100, 40)], [0, 1, -1, 1], crowd=[0, 0, 0, 1])
+    near = (12, 12, 50, 50)
+    boxes = [near, BOX, FAR, (110, 62, 20, 20), (0, 0, 5, 5), (np.nan, 0, 1, 1)]
+    labels, scores = [0, 0, 0, 1, 1, 1], [0.9, 0.95, 0.8, 0.7, 0.4, 0.99]
+    judged = detection.judge(there, said(boxes, labels, scores))
+    # The surest takes the object, the second is one too many, the third has the wrong name, the fourth is in a crowd.
+    np.testing.assert_allclose(judged.said.scores, [0.95, 0.9, 0.8])
+    assert judged.right.tolist() == [True, False, False] and judged.found.tolist() == [True, False]
+    assert judged.quality == pytest.approx(2 * 1 / (2 + 3))
+    unsure = detection.judge(there, said([FAR, BOX], [1, 0], [0.2, 0.1]))
+    assert unsure.said.scores.tolist() == [0.2] and unsure.right.tolist() == [True]
+    assert not len(detection.judge(picture(), said([FAR], [1], [0.2])).right)
+    nothing = detection.judge(there, said())
+    assert nothing.quality == 0 and nothing.found.tolist() == [False, False]
+
+
+def test_examples_are_the_worst_and_the_best(mesh):
+    objects = {
+        0: picture([BOX], [0]),
+        1: picture([BOX, FAR], [0, 1]),
+        2: picture(),
+        3: picture([BOX, FAR], [0, 1]),
+    }
+    found = {
+        0: said([BOX], [0], [0.9]), 1: said([BOX], [0], [0.9]), 2: said([BOX], [1], [0.1]),
+        3: said([BOX, FAR], [0, 1], [0.9, 0.9]),
+    }  # fmt: skip
+    task = Detection(
+        Parrot(objects, found, [0, 1, 2, 3], (0, 1)), lambda source, rows: [objects[r] for r in rows]
+    )
+    task.objects = {(0, key): one for key, one in objects.items()}
+    task.detections = {(0, key): one for key, one in found.items()}
+    assert [key for key, _ in task.examples(1)] == [(0, 1), (0, 3)]  # two right before one
+    assert [key for key, _ in task.examples(9)] == [(0, 1), (0, 3), (0, 0)]
+    assert task.examples(0) == []
+
+
+def test_names_of_classes(tmp_path):
+    assert [detection.called(["", "cat"], label) for label in (0, 1, 2, -1)] == [
+        "class 0",
+        "cat",
+        "class 2",
+        "class -1",
+    ]
+    (tmp_path / "labels.json").write_text('["", "Katze ü"]', "utf-8")
+    assert detection.class_names({"labels.json": tmp_path / "labels.json"}) == ["", "Katze ü"]
+    assert detection.class_names({}) == []
 
 
 def test_the_eighty_of_ninety():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import vilt
+from configs import detr, vilt
 from tests.data import prepared
 from vlp_jax import cli, evaluate, systems
 from vlp_jax.data import facts as data_facts
@@ -75,6 +75,19 @@ def test_another_vocabulary_is_refused():
     full.check_vocabulary({"vocabulary_sha256": "b" * 64}, facts)
     with pytest.raises(UserError, match="vocab.txt .* is not the one"):
         full.check_vocabulary({"vocabulary_sha256": "a" * 64}, facts)
+
+
+def test_classes_are_those_of_the_checkpoint(tmp_path):
+    """A detector has no use for the vocabulary of the data, and its classes are not numbered as the data's."""
+    config = detr.get_config("variant=tiny")
+    (tmp_path / "labels.json").write_text('["", "cat", "dog"]')
+    meta = {"facts": {"vocabulary_sha256": "a" * 64}}
+    facts = {"vocabulary_sha256": "b" * 64, "categories": ["dog", "cat"], "classes": 2, "sources": {}}
+    there = full.understood(config, meta, {"labels.json": tmp_path / "labels.json"}, facts)
+    assert there == facts | {"categories": ["", "cat", "dog"], "classes": 3}
+    assert full.understood(config, meta, {}, facts) == facts
+    with pytest.raises(UserError, match="is not the one"):
+        full.understood(vilt.get_config("variant=tiny"), meta, {}, facts | {"vocabulary_path": "vocab.txt"})
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from vlp_jax.evaluation import pictures, report
+from vlp_jax.evaluation.detection import Detections, Objects, judge
 from vlp_jax.evaluation.masked_language import Guess
 from vlp_jax.evaluation.matching import Alignment, Decision
 
@@ -33,6 +34,9 @@ SCORES = {
     "image_retrieval/r1_oracle": 1.0,
     "text_retrieval/r10": 0.777,
     "mine/own": 0.123,
+    "detection/ap50": 0.4321,
+    "detection/ap50_blind": 0.0123,
+    "detection/padding": 0.2525,
 }
 
 
@@ -96,7 +100,16 @@ def examples() -> report.Examples:
         right=[Decision("a red cube & more", True, 0.9321, picture())],
         wrong=[Decision("a blue ball", False, 0.8642, picture(seed=2))],
         guesses=[guess],
+        detections=[(np.zeros((30, 40, 3), np.uint8), judged())],
+        categories=["cat & dog", ""],
     )
+
+
+def judged():
+    """A picture with a cat that was found, something nameless that was not, and one box too many."""
+    boxes = np.array([[1, 1, 10, 10], [20, 20, 5, 5]], float)
+    objects = Objects(30, 40, boxes, np.array([0, 1]), np.zeros(2, int), np.ones(2))
+    return judge(objects, Detections(np.array([0.9, 0.8]), np.array([0, 0]), boxes[:1].repeat(2, 0)))
 
 
 def metrics(count: int = 60, shift: float = 0.0) -> list[dict[str, float]]:
@@ -129,6 +142,9 @@ def test_page_is_well_formed_and_holds_every_number(page):
         "0.864",
         "mine/own",
         "0.875",
+        "Boxes AP50",
+        "1 of 2 found, 1 wrong",
+        "in truth: cat & dog, class 1",
     ):
         assert wanted in text, wanted
     assert "train/lr" not in text and "time/examples" not in text
@@ -145,9 +161,9 @@ def test_page_loads_nothing(page):
 
 def test_pictures_of_the_page_decode(page):
     sources = re.findall(r'src="data:image/\w+;base64,([^"]+)"', page)
-    assert len(sources) == 4 + 2 + 1  # a picture with three words, two decisions, a guess
+    assert len(sources) == 4 + 2 + 1 + 1  # a picture with three words, two decisions, a guess, boxes
     sizes = {Image.open(io.BytesIO(base64.b64decode(source))).size for source in sources}
-    assert sizes == {(12, 8)}
+    assert sizes == {(12, 8), (480, 360)}
 
 
 def test_reference_curve_is_drawn_only_where_there_is_one(tmp_path):
@@ -200,6 +216,29 @@ def test_read_lines_drops_a_cut_line(tmp_path):
     )
     assert report.read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.0}]
     assert report.read_lines(tmp_path / "none.jsonl") == []
+
+
+def test_quantities_that_stay_at_nothing_have_no_panel(tmp_path):
+    lines = [{"step": step, "train/loss": 1.0, "train/left_out": 0.0, "validation/x": 0.0} for step in (1, 2)]
+    report.write_report(tmp_path / "r.html", "t", {}, {}, lines)
+    page = (tmp_path / "r.html").read_text("utf-8")
+    assert "train/loss" in page and "validation/x" in page and "train/left_out" not in page
+
+
+def test_facts_of_a_detector_speak_of_pictures():
+    from configs import detr
+
+    config = detr.get_config("variant=tiny")
+    config.evaluation.batch_size = 16
+    sizes = {"splits": {"test": {"pairs": 50, "records": 24}}}
+    facts = {"sources": {"scenes": sizes}, "manifest_sha256": "a" * 64}
+    found = report.Found({"detection/padding": 0.25}, report.Examples(), 0, 10, 1.0)
+    known = report.run_facts(config, {"step": 3}, facts, found, [])
+    assert (
+        known["Scored on"] == "test split: 24 of 24 pictures; in batches of 16, 25.0% of their pixels padding"
+    )
+    assert known["Trained"].startswith("3 steps of 32 pictures") and "Retrieval" not in known
+    assert "patches" not in known["Input"] and "word pieces" not in known["Input"]
 
 
 def test_unpatchify_is_the_inverse_of_cutting():

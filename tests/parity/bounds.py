@@ -14,7 +14,7 @@ class Mismatch(AssertionError):
     """The two sides differ; the message lists what does, in the order in which it was computed."""
 
 
-def _judge(what: str, rows: Sequence[tuple[str, float, float]]) -> float:
+def judge(what: str, rows: Sequence[tuple[str, float, float]]) -> float:
     """Raises where a distance passes its bound (or is no number); else returns the largest ratio of the two."""
     assert rows, f"{what}: nothing was compared"
     bad = [row for row in rows if not row[1] <= row[2]]
@@ -39,7 +39,7 @@ def forward(pairs: Pairs, floor: float = 1.0, what: str = "outputs") -> float:
         ours, reference = _checked(name, ours, reference)
         bound = 1e-5 * max(floor, float(np.abs(reference).max()))
         rows.append((name, float(np.abs(ours - reference).max()), bound))
-    return _judge(what, rows)
+    return judge(what, rows)
 
 
 def gradients(pairs: Pairs) -> float:
@@ -50,7 +50,7 @@ def gradients(pairs: Pairs) -> float:
     pairs = [(name, *_checked(name, ours, reference)) for name, ours, reference in pairs]
     everything = float(np.sqrt(sum(np.sum(reference**2) for _, _, reference in pairs)))
     assert everything > 0, "all gradients of the reference are 0"
-    return _judge(
+    return judge(
         "gradients",
         [
             (name, np.linalg.norm(ours - ref), 1e-4 * np.linalg.norm(ref) + 1e-7 * everything)
@@ -69,13 +69,13 @@ def losses(ours: Sequence[Mapping[str, float]], reference: Sequence[Mapping[str,
         for name, value in other.items():
             bound = 1e-4 * max(sizes.get(name, 0.0), abs(value))
             rows.append((f"step {number} {name}", abs(own[name] - value), bound))
-    return _judge("losses", rows)
+    return judge("losses", rows)
 
 
-def movements(pairs: Pairs, start: Mapping[str, np.ndarray]) -> float:
-    """||d|| <= 1e-4 ||reference - start|| for each tensor after training."""
+def movements(pairs: Pairs, start: Mapping[str, np.ndarray], bound: float = 1e-4) -> float:
+    """||d|| <= `bound` ||reference - start|| for each tensor after training."""
     rows = []
     for name, ours, reference in pairs:
         ours, reference = _checked(name, ours, reference)
-        rows.append((name, np.linalg.norm(ours - reference), 1e-4 * np.linalg.norm(reference - start[name])))
-    return _judge("trained parameters", rows)
+        rows.append((name, np.linalg.norm(ours - reference), bound * np.linalg.norm(reference - start[name])))
+    return judge("trained parameters", rows)

@@ -48,6 +48,13 @@ SMALL = dict(
 VISIBLE = dict(optimizer__eps=1e-3, optimizer__weight_decay=1.0, model__unroll=1)
 STEPS = dict(train__steps=60, optimizer__warmup=0.1, optimizer__lr=1e-3)
 PICTURES, PAIRS = ("padded", "unpadded"), ("pretraining",)
+# Four stages of a ResNet, with and without repeated blocks, and nothing of a size that another part has.
+FOUR_STAGES = dict(
+    model__width=48, model__encoder__num_heads=3, model__decoder__num_heads=4, model__encoder__depth=3,
+    model__encoder__mlp_width=80, model__decoder__mlp_width=56, model__object_queries__queries=11,
+    model__grid_embed__depths=(1, 2, 1, 3), model__grid_embed__widths=(16, 32, 64, 128), model__unroll=3,
+)  # fmt: skip
+CANVASES = ("padded", "tall")
 
 CASES = (
     Case("vilt-transformers", "vilt", "vilt_transformers", SQUARE, PICTURES, quiet=True),
@@ -60,6 +67,8 @@ CASES = (
         "vilt-pretraining-visible", "vilt", "vilt_reference", SMALL | STEPS | VISIBLE, PAIRS, quiet=True,
         checks=("training",), compares="terms", slow=True,
     ),
+    Case("detr-transformers", "detr", "detr_transformers", {}, CANVASES, quiet=True),
+    Case("detr-transformers-deep", "detr", "detr_transformers", FOUR_STAGES, CANVASES, quiet=False, slow=True),
 )  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
 
@@ -76,6 +85,7 @@ class Fault:
 
 
 PORT, DEEP, TRAINED = "vilt-transformers", "vilt-transformers-deep", "vilt-pretraining-visible"
+DETECTOR = "detr-transformers"
 FAULTS = (
     *(
         Fault(PORT, "outputs", name)
@@ -95,6 +105,18 @@ FAULTS = (
     Fault(TRAINED, "first steps", "", dict(warmup=5)),
     Fault(TRAINED, "first steps", "", dict(betas=(0.9, 0.999))),
     Fault(TRAINED, "training", "", dict(decay_last=False)),
+    *(
+        Fault(DETECTOR, "outputs", name)
+        for name in (
+            "norm_epsilon",
+            "statistics_epsilon",
+            "normalised_layers",
+            "early_stride",
+            "central_mask",
+        )
+    ),
+    Fault(DETECTOR, "layers", "unmasked_positions", first="model.encoder.layers.0"),
+    Fault(DETECTOR, "layers", "early_stride", first="model.backbone.model.encoder.stages.1"),
 )
 
 

@@ -61,6 +61,11 @@ def linear(x: np.ndarray) -> np.ndarray:
     return x.T
 
 
+def convolution(x: np.ndarray) -> np.ndarray:
+    """PyTorch's `[out, in, rows, columns]` to `[rows, columns, in, out]`."""
+    return x.transpose(2, 3, 1, 0)
+
+
 def patch_kernel(x: np.ndarray) -> np.ndarray:
     """A convolution `[out, 3, p, p]` to `[p p 3, out]`: our patches are flat in row, column, channel order."""
     return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
@@ -84,18 +89,20 @@ def grid_positions(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a parameter table; `{layer}` in `source` runs over the layers that our array stacks."""
+    """One line of a parameter table; `{layer}` in `source` runs over the layers that our array stacks, from `first`."""
 
     source: str
     ours: str
     op: Callable[[np.ndarray], np.ndarray] = same
+    first: int = 0
 
     def sources(self, names: Sequence[str]) -> list[tuple[int | None, str]]:
-        """(layer or None, name) of each tensor that this row reads."""
+        """(layer of our array or None, name) of each tensor that this row reads."""
         if "{layer}" not in self.source:
             return [(None, self.source)] if self.source in names else []
         pattern = re.compile(re.escape(self.source).replace(r"\{layer\}", r"(\d+)"))
-        return sorted((int(found[1]), name) for name in names if (found := pattern.fullmatch(name)))
+        numbered = ((int(found[1]), name) for name in names if (found := pattern.fullmatch(name)))
+        return sorted((layer - self.first, name) for layer, name in numbered if layer >= self.first)
 
 
 def module(source: str, ours: str, op: Callable = linear) -> tuple[Row, Row]:
@@ -112,12 +119,13 @@ def shapes(ours: Ours) -> dict[str, tuple[int, ...]]:
 
 
 def drawn(wanted: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Random parameters by path, far from their initial values."""
+    """Random parameters by path, far from their initial values; variances are above 0."""
     draw = np.random.default_rng(0)
-    return {
+    made = {
         path: draw.normal(*((1.0, 0.3) if path.endswith("scale") else (0.0, 0.1)), shape).astype(np.float32)
         for path, shape in sorted(wanted.items())
     }
+    return {path: np.abs(x) + 0.5 if path.endswith("variance") else x for path, x in made.items()}
 
 
 def parameters(
@@ -212,9 +220,12 @@ def by_source(
 
 
 def train(
-    ours: Ours, params: Any, batches: Sequence[Mapping]
+    ours: Ours, params: Any, batches: Sequence[Mapping], look: Callable[[Any, Mapping], object] | None = None
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    """Takes our own training steps on prepared batches: the metrics of each, and the last parameters by path."""
+    """Takes our own training steps on prepared batches: the metrics of each, and the last parameters by path.
+
+    `look` is called with parameters and batch before each step.
+    """
     config = ours.config
     optimizer = optimizers.make(config.optimizer, config.train.steps)
     # Both sides get what was drawn once, outside.
@@ -226,6 +237,8 @@ def train(
     history = []
     with jax.default_matmul_precision("highest"):
         for batch in batches:
+            if look:
+                look(state.params, batch)
             state, metrics = step(state, batch)
             values = {k: v.mean() if isinstance(v, Term) else v for k, v in metrics.items()}
             history.append({name: float(value) for name, value in values.items()})

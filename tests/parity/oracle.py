@@ -76,8 +76,9 @@ def randomise(net: nn.Module, quiet: str) -> None:
 
 
 def tensors(net: nn.Module) -> dict[str, np.ndarray]:
-    """All parameters by name, a shared one once."""
-    return {name: value.detach().numpy().copy() for name, value in net.named_parameters()}
+    """All parameters by name, a shared one once, and what else is stored as real numbers: frozen statistics."""
+    stored = {name: value for name, value in net.named_buffers() if value.is_floating_point()}
+    return {name: x.detach().numpy().copy() for name, x in {**dict(net.named_parameters()), **stored}.items()}
 
 
 def outputs(oracle: Oracle, batch: Mapping) -> dict[str, np.ndarray]:

@@ -54,6 +54,28 @@ def test_constant_equals_transformers():
     np.testing.assert_allclose(ours[:70], np.minimum(np.arange(70) / 7, 1) * 3e-4, rtol=1e-6)
 
 
+@pytest.mark.parametrize("drops", [(0.5, 0.75), (20, 30)])
+def test_steps_equal_pytorch(drops):
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[20, 30], gamma=0.1)
+    theirs = []
+    for _ in range(41):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    ours = rates(settings(lr=3e-4, warmup=0.0, decay="step", drops=drops), 40)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(decay="step"), dict(drops=(0.5,)), dict(decay="step", drops=("soon",))]
+)
+def test_drops_that_do_not_fit_are_named(changes):
+    with pytest.raises(UserError, match="config.optimizer.drops"):
+        schedule.make(settings(**changes), 10)
+
+
 def test_long_runs_keep_their_digits_and_the_end_is_held():
     steps = 200_000
     function = schedule.make(settings(lr=1e-4, warmup=2500.0), steps)

@@ -52,7 +52,7 @@ def rule(data: Any) -> Rule:
             raise UserError(
                 f"data.{key}={tuple(data[key])} are not numbers. Give () for off, or two numbers."
             )
-    drawn, crop, flip = tuple(data.randaugment), tuple(float(share) for share in data.crop), float(data.flip)
+    drawn, crop = tuple(data.randaugment), tuple(float(share) for share in data.crop)
     whole = len(drawn) == 2 and drawn[0] == int(drawn[0])
     if drawn and not (whole and 1 <= drawn[0] <= MOST and 0 <= drawn[1] <= randaugment.LARGEST):
         raise UserError(
@@ -64,11 +64,22 @@ def rule(data: Any) -> Rule:
             f"data.crop={crop} is not the least and the greatest share of the area that a crop keeps. Possible are "
             "() or two rising numbers above 0 and up to 1. Give (0.5, 1.0), for example."
         )
-    if not 0 <= flip <= 1:
+    number, magnitude = (int(drawn[0]), float(drawn[1])) if drawn else (0, 0.0)
+    return Rule(number, magnitude, crop, probability(data, "flip"))
+
+
+def probability(data: Any, key: str) -> float:
+    """Reads a share of the pictures from `config.data`.
+
+    Raises:
+        UserError: it is not between 0 and 1.
+    """
+    share = float(data[key])
+    if not 0 <= share <= 1:
         raise UserError(
-            f"data.flip={flip} is not a probability. Possible are 0 to 1. Give 0.5 for half of the pictures."
+            f"data.{key}={share} is not a probability. Possible are 0 to 1. Give 0.5 for half of the pictures."
         )
-    return Rule(*((int(drawn[0]), float(drawn[1])) if drawn else (0, 0.0)), crop, flip)
+    return share
 
 
 def mentions_side(text: str) -> bool:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of pictures alike in number of patches, so that few slots are empty: a pure function of the step.
+"""Batches of pictures alike in size, so that little is padding: a pure function of the step.
 
 Positions are cut into windows of whole batches. A window holds the examples that data/order.py gives its positions,
-each once, sorted into buckets by number of patches; what fills no batch goes to the next larger bucket.
+each once, sorted into buckets by number of patches, or rows and columns; what fills no batch goes to the next bucket
+that holds it.
 """
 
 from __future__ import annotations
@@ -59,14 +60,57 @@ def empty(count: np.ndarray, slots: int | np.ndarray) -> float:
     return 1.0 - float(np.sum(count) / np.sum(np.broadcast_to(slots, np.shape(count))))
 
 
+def fill(extent: np.ndarray, sizes: Sequence, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts pictures into batches of one bucket each: each picture into the first that holds it.
+
+    What fills no batch goes to the next bucket that holds it; there it comes first. What fills none in the last bucket
+    is the last batch, with empty rows.
+
+    Args:
+        extent: int [n], patches, or [n, 2], rows and columns in pixels.
+        sizes: of the buckets, likewise; the last holds every picture.
+        batch_size: rows.
+
+    Returns:
+        int64 [batches], the bucket of each batch, and [batches, batch_size], numbers of pictures; n where a row is empty.
+
+    Raises:
+        ValueError: a picture that the last bucket does not hold.
+    """
+    count, last = len(extent), len(sizes) - 1
+    sides = np.asarray(extent).reshape(count, np.size(sizes[0])).T
+    held = np.stack(
+        [np.all([side <= most for side, most in zip(sides, np.ravel(one), strict=True)], 0) for one in sizes]
+    )
+    if not held[last].all():
+        raise ValueError(f"a picture with {extent[np.argmin(held[last])]} in buckets of {tuple(sizes)}")
+    first = np.argmax(held, 0)
+    which, rows = [], []
+    waiting: list[list[np.ndarray]] = [[] for _ in sizes]
+    for bucket in range(len(sizes)):
+        inside = np.concatenate([*waiting[bucket], np.flatnonzero(first == bucket)])
+        full = len(inside) // batch_size
+        rest = inside[full * batch_size :]
+        if bucket < last:
+            following = bucket + 1 + np.argmax(held[bucket + 1 :, rest], 0)
+            for later in range(bucket + 1, len(sizes)):
+                waiting[later].append(rest[following == later])
+        elif len(rest):
+            full += 1
+            inside = np.concatenate([inside, np.full(batch_size - len(rest), count)])
+        rows.append(inside[: full * batch_size].reshape(full, batch_size))
+        which += [bucket] * full
+    return np.array(which, np.int64), np.concatenate(rows).astype(np.int64)
+
+
 @dataclasses.dataclass(frozen=True)
 class Window:
     """The batches of one window in the order in which they are trained on.
 
     Attributes:
-        slots: int64 [batches], patch slots of each picture of a batch.
+        slots: int64 [batches], patch slots of each picture of a batch, or [batches, 2], rows and columns of its canvas.
         positions: int64 [batches, batch size], ascending but for promoted rows, which come first.
-        tokens: int64 [batches], patches that a batch holds.
+        tokens: int64 [batches], patches or pixels that a batch holds.
     """
 
     slots: np.ndarray
@@ -75,19 +119,19 @@ class Window:
 
 
 class Buckets:
-    """The plan of a run: which positions form the batch of a step, and how many slots its pictures have.
+    """The plan of a run: which positions form the batch of a step, and how much room its pictures have.
 
     Every host computes the whole plan, O(window) once a window, and takes its slice of each batch.
 
     Attributes:
-        sizes: slots of the buckets, ascending, from `check`.
+        sizes: of the buckets: patch slots, ascending, from `check`; or rows and columns, from `grid.canvases`.
         batch_size: global.
         batches: of a window.
     """
 
     def __init__(
         self,
-        sizes: Sequence[int],
+        sizes: Sequence,
         batch_size: int,
         examples: int,
         seed: int,
@@ -96,12 +140,13 @@ class Buckets:
         """Makes a plan; computes nothing yet.
 
         Args:
-            sizes: slots of the buckets; the last holds every picture.
+            sizes: of the buckets; the last holds every picture.
             batch_size: global.
             examples: of the data, all sources together: a window is no longer than it must be, so that a short run
                 over few examples sees each of them as often as the others.
             seed: of the run.
-            count: positions int64 [n] -> patches that the rows there keep, int64 [n]. Called from any thread.
+            count: positions int64 [n] -> patches that the rows there keep, int64 [n], or rows and columns of their
+                pictures, [n, 2]. Called from any thread.
         """
         self.sizes = tuple(sizes)
         self.batch_size = batch_size
@@ -110,17 +155,18 @@ class Buckets:
         self._windows: collections.OrderedDict[int, Window] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def batch(self, step: int) -> tuple[int, np.ndarray]:
-        """Returns the slots of the step's pictures and the global positions of its rows, int64 [batch size]."""
+    def batch(self, step: int) -> tuple[int | tuple[int, int], np.ndarray]:
+        """Returns the size of the step's bucket and the global positions of its rows, int64 [batch size]."""
         number, place = divmod(int(step), self.batches)
         window = self.window(number)
-        return int(window.slots[place]), window.positions[place]
+        size = window.slots[place].tolist()
+        return tuple(size) if isinstance(size, list) else size, window.positions[place]
 
     def padding(self, step: int) -> float:
-        """Share of the patch slots of a step that are empty."""
+        """Share of the patch slots, or of the pixels, of a step that are empty."""
         number, place = divmod(int(step), self.batches)
         window = self.window(number)
-        return 1.0 - float(window.tokens[place] / (window.slots[place] * self.batch_size))
+        return 1.0 - float(window.tokens[place] / (window.slots[place].prod() * self.batch_size))
 
     def window(self, number: int) -> Window:
         """Returns window `number`: steps [number, number + 1) x `batches`."""
@@ -133,22 +179,14 @@ class Buckets:
             return self._windows[number]
 
     def _make(self, number: int) -> Window:
-        size, length = self.batch_size, self.batches * self.batch_size
+        length = self.batches * self.batch_size
         first = number * length
-        count = np.asarray(self._count(first + np.arange(length)))
-        bucket = np.searchsorted(self.sizes, count, side="left")
-        slots, rows, promoted = [], [], np.zeros(0, np.int64)
-        for which, each in enumerate(self.sizes):
-            inside = np.concatenate([promoted, np.flatnonzero(bucket == which)])
-            full = len(inside) // size
-            rows.append(inside[: full * size].reshape(full, size))
-            slots += [each] * full
-            promoted = inside[full * size :]
-        if len(slots) != self.batches:
-            raise ValueError(f"a picture with {count.max()} patches in buckets of {self.sizes}")
+        extent = np.asarray(self._count(first + np.arange(length)))
+        bucket, rows = fill(extent, self.sizes, self.batch_size)
         key = order.mix(self._seed, _BATCHES, number)
         turn = order.permute(np.arange(self.batches), self.batches, key)
-        places = np.concatenate(rows)[turn]
+        places = rows[turn]
         positions = first + places
         positions.flags.writeable = False
-        return Window(np.array(slots)[turn], positions, count[places].sum(1))
+        amount = extent.reshape(length, -1).prod(1)
+        return Window(np.array(self.sizes)[bucket[turn]], positions, amount[places].sum(1))

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures and boxes for detection as DETR prepares them: which boxes count, multi-scale sizes, crops, boxes carried along.
 
-Everything is planned on the host from sizes alone, by draws that are functions of the position. Follows
-`datasets/transforms.py` and `datasets/coco.py` of DETR (commit 29901c51), with its rounding.
+Everything is planned on the host from sizes alone, for many pictures at once, by draws that are functions of the
+position. Follows `datasets/transforms.py` and `datasets/coco.py` of DETR (commit 29901c51), with its rounding.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from vlp_jax.data import order
+from vlp_jax.types import BOXES_LEFT_OUT
 
 _FLIP, _CROPS, _FIRST, _SIDES, _PLACE, _LAST = range(0xB0, 0xB6)  # separate the uses of a draw
-FIRST_SIZES = (400, 500, 600)  # shorter sides before a crop
+# Both for pictures whose shorter side becomes 800 at most, in proportion for others.
+FIRST_SIZES = (400, 500, 600)  # pixels: shorter sides before a crop
 CROP_SIDES = (384, 600)  # pixels: least and most of a crop's sides
+_CROWD, _EMPTY, _UNKNOWN, _CROPPED, _TOO_MANY = range(len(BOXES_LEFT_OUT))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,122 +39,185 @@ class Rule:
     crop: float = 0.0
     flip: float = 0.0
 
+    def before_crop(self) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """Shorter sides of the first resizing, and least and most of a crop's sides: pixels."""
+        firsts, (least, most) = (
+            [max(1, round(side * max(self.shorter) / 800)) for side in sides]
+            for sides in (FIRST_SIZES, CROP_SIDES)
+        )
+        return tuple(firsts), (least, most)
+
 
 TRAIN = Rule(tuple(range(480, 801, 32)), crop=0.5, flip=0.5)
 EVALUATION = Rule()
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What happens to one picture, in this order: mirror, resize, crop, resize.
+class Plans:
+    """What happens to n pictures, in this order: mirror, resize, crop, resize.
 
     Attributes:
-        original: height and width in pixels.
-        mirrored: left to right.
-        first: height and width of the first resizing; as `original` where there is no crop.
-        box: top, left, height and width of the crop in the resized picture.
-        size: height and width in the end.
+        original: int64 [n, 2], height and width in pixels.
+        mirrored: bool [n], left to right.
+        cropped: bool [n].
+        first: int64 [n, 2], height and width of the first resizing; as `original` where there is no crop.
+        box: int64 [n, 4], top, left, height and width of the crop in the resized picture.
+        size: int64 [n, 2], height and width in the end.
     """
 
-    original: tuple[int, int]
-    mirrored: bool
-    first: tuple[int, int]
-    box: tuple[int, int, int, int]
-    size: tuple[int, int]
+    original: np.ndarray
+    mirrored: np.ndarray
+    cropped: np.ndarray
+    first: np.ndarray
+    box: np.ndarray
+    size: np.ndarray
 
 
-def resized_size(height: int, width: int, shorter: int, longest: int = 0) -> tuple[int, int]:
+def resized_size(
+    height: np.ndarray | int, width: np.ndarray | int, shorter: np.ndarray | int, longest: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """DETR's rule: the shorter side to `shorter`, less where the longer one would pass `longest` (0 = no limit).
 
     Returns:
-        height and width in pixels; the longer one is cut down to whole pixels, never below 1.
+        height and width in pixels, int64 of the arguments' shape; the longer one is cut down to whole pixels. Never
+        below 1, where DETR fails: a line of 1 x 5,000 pixels stays as it is.
     """
-    low, high = min(height, width), max(height, width)
-    if longest and high / low * shorter > longest:
-        shorter = int(round(longest * low / high))
-    if (width <= height and width == shorter) or (height <= width and height == shorter):
-        return height, width
-    shorter = max(shorter, 1)
-    if width < height:
-        return int(shorter * height / width), shorter
-    return shorter, int(shorter * width / height)
+    height, width, shorter = (np.asarray(side, np.int64) for side in (height, width, shorter))
+    low, high = np.minimum(height, width), np.maximum(height, width)
+    if longest:
+        shorter = np.where(high / low * shorter > longest, np.rint(longest * low / high), shorter)
+        shorter = np.maximum(shorter.astype(np.int64), 1)
+    longer = (shorter * high / low).astype(np.int64)
+    return np.where(width < height, longer, shorter), np.where(width < height, shorter, longer)
 
 
-def plan(rule: Rule, draw: int, height: int, width: int) -> Plan:
-    """Draws what happens to a picture of `height` x `width` pixels; a function of `draw` and the sizes alone."""
+def plan(rule: Rule, draw: np.ndarray, height: np.ndarray, width: np.ndarray) -> Plans:
+    """Draws what happens to pictures; a function of the draws and the sizes alone.
 
-    def lot(salt: int, number: int = 0) -> float:
-        return float(order.uniform(np.uint64(draw), salt, number))
-
-    def choice(salt: int, among: Sequence[int]) -> int:
-        return among[min(int(lot(salt) * len(among)), len(among) - 1)]
-
-    first, box = (height, width), (0, 0, height, width)
-    if lot(_CROPS) < rule.crop:
-        first = resized_size(height, width, choice(_FIRST, FIRST_SIZES))
-        least, most = CROP_SIDES
-        # A side that is smaller than the least is taken whole (the original would fail there).
-        sides = [
-            side if side <= least else least + int(lot(_SIDES, axis) * (min(side, most) - least + 1))
-            for axis, side in enumerate(first)
-        ]
-        corner = [int(lot(_PLACE, axis) * (first[axis] - sides[axis] + 1)) for axis in range(2)]
-        box = (corner[0], corner[1], sides[0], sides[1])
-    size = resized_size(box[2], box[3], choice(_LAST, rule.shorter), rule.longest)
-    return Plan((height, width), lot(_FLIP) < rule.flip, first, box, size)
-
-
-def counted(
-    record: Mapping[str, Any], height: int, width: int
-) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Which boxes of a record are objects to be found.
+    Unlike in DETR the first resizing obeys `longest` too, and a side that is smaller than a crop is taken whole.
 
     Args:
-        record: with `boxes` [n, 4] as x, y, width, height in pixels, and `box_crowd` if it has them.
-        height, width: of the picture.
+        draw: uint [n].
+        height, width: int [n], original pixels.
+    """
+    draw = np.asarray(draw).astype(np.uint64)
+    original = np.stack([height, width], -1).astype(np.int64)
+    cropped = order.uniform(draw, _CROPS, 0) < rule.crop
+    first, box = original.copy(), np.concatenate([np.zeros_like(original), original], 1)
+    here = np.flatnonzero(cropped)
+    if here.size:
+        firsts, (least, most) = rule.before_crop()
+        some = draw[here]
+        sides = resized_size(*original[here].T, _choice(some, _FIRST, firsts), rule.longest)
+        first[here] = np.stack(sides, -1)
+        for axis, side in enumerate(sides):
+            spare = np.minimum(side, most) - least + 1
+            taken = least + (order.uniform(some, _SIDES, axis) * spare).astype(np.int64)
+            taken = np.where(side <= least, side, taken)
+            box[here, axis] = (order.uniform(some, _PLACE, axis) * (side - taken + 1)).astype(np.int64)
+            box[here, 2 + axis] = taken
+    size = resized_size(box[:, 2], box[:, 3], _choice(draw, _LAST, rule.shorter), rule.longest)
+    mirrored = order.uniform(draw, _FLIP, 0) < rule.flip
+    return Plans(original, mirrored, cropped, first, box, np.stack(size, -1))
+
+
+def _choice(draw: np.ndarray, salt: int, among: Sequence[int]) -> np.ndarray:
+    return np.array(among)[(order.uniform(draw, salt, 0) * len(among)).astype(np.int64)]
+
+
+def largest(rule: Rule, height: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """The most rows and columns that pictures of these sizes (int [n]) can get: int64 [n, 2], a few too many with crops.
+
+    A longer side beyond the limit is round(limit / ratio) x ratio, at most the limit + ratio / 2.
+    """
+    most = np.max([np.stack(resized_size(height, width, one, rule.longest), -1) for one in rule.shorter], 0)
+    if not rule.crop:
+        return most
+    firsts, limits = rule.before_crop()
+    for first in firsts:
+        tall, wide = resized_size(height, width, first, rule.longest)
+        (low_tall, high_tall), (low_wide, high_wide) = (
+            [np.minimum(side, limit) for limit in limits] for side in (tall, wide)
+        )
+        ratio = np.maximum(np.stack([high_tall / low_wide, high_wide / low_tall], -1), 1.0)
+        side = max(rule.shorter) * ratio
+        side = np.where(side > rule.longest, np.maximum(rule.longest + ratio / 2, ratio), side)
+        most = np.maximum(most, side.astype(np.int64))
+    return most
+
+
+def corners(boxes: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts boxes at the edges of their pictures.
+
+    Args:
+        boxes: [n, 4], x, y, width, height in pixels.
+        size: int [n, 2], height and width of each box's picture.
 
     Returns:
-        boxes float64 [m, 4] as x0, y0, x1, y1 inside the picture, their rows in the record int [m], and how many
-        were left out: {"crowd": ..., "empty": ...}.
+        float64 [n, 4], x0, y0, x1, y1; and whether anything of them lies in the picture (not so for NaN), bool [n].
     """
-    boxes = np.asarray(record["boxes"], np.float64).reshape(-1, 4)
-    crowd = np.asarray(record.get("box_crowd") or np.zeros(len(boxes)), bool)
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
-    corners = np.clip(corners, 0, [width, height, width, height])
-    empty = ~((corners[:, 2:] > corners[:, :2]).all(1)) & ~crowd
-    rows = np.flatnonzero(~crowd & ~empty)
-    return corners[rows], rows, {"crowd": int(crowd.sum()), "empty": int(empty.sum())}
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+    with np.errstate(invalid="ignore"):  # -inf + inf
+        end = boxes[:, :2] + boxes[:, 2:]
+    found = np.clip(np.concatenate([boxes[:, :2], end], 1), 0, size[:, [1, 0, 1, 0]])
+    return found, (found[:, 2:] > found[:, :2]).all(1)
 
 
-def moved(boxes: np.ndarray, made: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Carries boxes along with a picture.
+def moved(boxes: np.ndarray, plans: Plans, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Carries boxes along with their pictures.
 
     Args:
         boxes: [n, 4], x0, y0, x1, y1 in the original picture.
-        made: what happens to the picture.
+        plans: what happens to the pictures.
+        picture: int [n], the row in `plans` of each box's picture.
 
     Returns:
-        float32 [m, 4] as centre x, centre y, width, height in [0, 1] of the final picture, and the rows int [m] of
-        those of which something is left after the crop.
+        float32 [n, 4] as centre x, centre y, width, height in [0, 1] of the final picture, and of which of them
+        something is left after the crop, bool [n].
     """
-    (height, width), (tall, wide), (top, left, rows, columns) = made.original, made.first, made.box
-    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-    if made.mirrored:
-        boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
-    boxes = boxes * np.array([wide / width, tall / height] * 2) - np.array([left, top] * 2)
-    boxes = np.clip(boxes, 0, [columns, rows, columns, rows])
-    kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
-    low, high = boxes[kept, :2], boxes[kept, 2:]
+    boxes, flipped = np.array(boxes, np.float64), plans.mirrored[picture]
+    wide = plans.original[picture, 1][:, None]
+    boxes[:, ::2] = np.where(flipped[:, None], wide - boxes[:, 2::-2], boxes[:, ::2])
+    scale = (plans.first / plans.original)[picture][:, [1, 0, 1, 0]]
+    top_left, extent = plans.box[picture][:, [1, 0, 1, 0]], plans.box[picture][:, [3, 2, 3, 2]]
+    boxes = np.clip(boxes * scale - top_left, 0, extent)
+    low, high = boxes[:, :2], boxes[:, 2:]
     # The last resizing changes nothing relative to the picture.
-    scaled = np.concatenate([(low + high) / 2, high - low], 1) / np.array([columns, rows] * 2)
-    return scaled.astype(np.float32), kept
+    scaled = np.concatenate([(low + high) / 2, high - low], 1) / extent
+    return scaled.astype(np.float32), (high > low).all(1)
 
 
-def bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> int:
-    """The number of the smallest bucket (height, width) that holds a picture; -1 if none does."""
-    fitting = [
-        (tall * wide, number)
-        for number, (tall, wide) in enumerate(buckets)
-        if size[0] <= tall and size[1] <= wide
-    ]
-    return min(fitting)[1] if fitting else -1
+def targets(
+    boxes: np.ndarray, picture: np.ndarray, crowd: np.ndarray, labels: np.ndarray, plans: Plans, slots: int
+) -> dict[str, np.ndarray]:
+    """The boxes of a batch that are to be found, and why the others are not.
+
+    Args:
+        boxes: [n, 4], x, y, width, height in pixels, of all pictures.
+        picture: int [n], the row of each box's picture, ascending.
+        crowd: bool [n].
+        labels: int [n], classes; -1 = none of them.
+        plans: what happens to the pictures.
+        slots: most boxes of a picture; its first ones are kept.
+
+    Returns:
+        boxes float32 [pictures, slots, 4], box_labels int32 and box_mask bool [pictures, slots], boxes_left_out int32
+        [pictures, reasons], see `types.BOXES_LEFT_OUT`; of several reasons the first counts.
+    """
+    count = len(plans.original)
+    found, inside = corners(boxes, plans.original[picture])
+    found, left = moved(np.nan_to_num(found), plans, picture)
+    why = np.select([crowd, ~inside, labels < 0, ~left], [_CROWD, _EMPTY, _UNKNOWN, _CROPPED], -1)
+    kept = np.flatnonzero(why < 0)
+    slot = np.arange(len(kept)) - np.searchsorted(picture[kept], picture[kept])
+    why[kept[slot >= slots]] = _TOO_MANY
+    kept, slot = kept[slot < slots], slot[slot < slots]
+    made = {
+        "boxes": np.zeros((count, slots, 4), np.float32),
+        "box_labels": np.full((count, slots), -1, np.int32),
+        "box_mask": np.zeros((count, slots), bool),
+    }
+    for key, values in (("boxes", found[kept]), ("box_labels", labels[kept]), ("box_mask", True)):
+        made[key][picture[kept], slot] = values
+    lost = np.bincount((picture * len(BOXES_LEFT_OUT) + why)[why >= 0], minlength=count * len(BOXES_LEFT_OUT))
+    return made | {"boxes_left_out": lost.reshape(count, -1).astype(np.int32)}

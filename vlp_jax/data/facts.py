@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlp_jax.data import categories
 from vlp_jax.data.source import MANIFEST, parse_spec, read_manifest
 from vlp_jax.data.text import Vocabulary
 from vlp_jax.files import digest
 from vlp_jax.types import UserError
+
+LABELS = "labels.json"  # in a checkpoint: a list, the name of class 0 first
 
 
 def collect(config: Any) -> dict[str, Any]:
@@ -21,14 +25,16 @@ def collect(config: Any) -> dict[str, Any]:
     Returns:
         vocab_size, pad_id, unk_id, cls_id, sep_id, mask_id; visual_words and visual_ids (pieces that are one);
         manifest_sha256 (of a mixture: over all); vocabulary_path, vocabulary_sha256; sources: name -> {directory,
-        dataset, licence, weight, manifest_sha256, splits: name -> {records, pairs, alive}}.
+        dataset, licence, weight, manifest_sha256, splits: name -> {records, pairs, alive}}. With boxes in
+        config.data.inputs also categories, the name of each class, and classes, how many there are.
 
     Raises:
         UserError: a directory, manifest or vocabulary that cannot be used.
     """
-    sources, words, first = {}, set(), None
+    sources, words, first, manifests = {}, set(), None, []
     for name, directory, weight in parse_spec(config.data.dir):
         manifest, digest = read_manifest(directory)
+        manifests.append((directory, manifest))
         first = first or (directory, manifest)
         splits = {
             split: {key: entry[key] for key in ("records", "pairs", "alive")}
@@ -47,7 +53,7 @@ def collect(config: Any) -> dict[str, Any]:
     vocabulary = load_vocabulary(directory / manifest["vocabulary"]["file"], manifest["vocabulary"]["sha256"])
     digests = [source["manifest_sha256"] for source in sources.values()]
     together = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    return {
+    facts = {
         "vocab_size": vocabulary.size,
         "pad_id": vocabulary.pad,
         "unk_id": vocabulary.unk,
@@ -63,6 +69,10 @@ def collect(config: Any) -> dict[str, Any]:
         "vocabulary_sha256": manifest["vocabulary"]["sha256"],
         "sources": sources,
     }
+    if "boxes" in config.data.inputs:
+        classes = list(categories.of_data(config.data.categories, manifests))
+        facts |= {"categories": classes, "classes": len(classes)}
+    return facts
 
 
 def line(facts: dict[str, Any], split: str) -> str:
@@ -79,12 +89,15 @@ def line(facts: dict[str, Any], split: str) -> str:
 
 
 def assets(facts: dict[str, Any]) -> dict[str, bytes]:
-    """File name -> content of what a checkpoint keeps of the data: the vocabulary, and the manifest of each source."""
+    """File name -> content of what a checkpoint keeps of the data: vocabulary, manifest of each source, names of classes."""
     paths = {
         f"{name}.{MANIFEST}": Path(one["directory"]) / MANIFEST for name, one in facts["sources"].items()
     }
     vocabulary = Path(facts["vocabulary_path"])
-    return {name: path.read_bytes() for name, path in {**paths, vocabulary.name: vocabulary}.items()}
+    kept = {name: path.read_bytes() for name, path in {**paths, vocabulary.name: vocabulary}.items()}
+    if "categories" in facts:
+        kept[LABELS] = json.dumps(facts["categories"], ensure_ascii=False).encode()
+    return kept
 
 
 def load_vocabulary(path: Path, sha256: str) -> Vocabulary:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host batches by tf.data: step -> rows -> records, text and masks in numpy -> pictures decoded in parallel.
+"""Host batches by tf.data: step -> rows -> records, text, boxes and masks in numpy -> pictures decoded in parallel.
 
 Everything is a function of (config, step, host): nothing is shuffled in a buffer and no iterator state is saved.
 """
@@ -13,14 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from vlp_jax.data import augment, corrupt, image, order
+from vlp_jax.data import augment, detection, grid, image, order, parts
 from vlp_jax.data import spec as specification
-from vlp_jax.data.facts import load_vocabulary
 from vlp_jax.data.rows import Chooser, Rows
 from vlp_jax.data.source import AGAIN, Source, open_sources
 from vlp_jax.types import UserError
-
-_READ = ("image", "captions")  # of a record
 
 
 def batches(
@@ -40,7 +37,7 @@ def batches(
     maker = _Maker(config, split)
     share = _share(config.train.batch_size, "train.batch_size", hosts)
 
-    def rows(step: int) -> tuple[Rows, int]:
+    def rows(step: int) -> tuple[Rows, Any]:
         return maker.chooser.step(step, host * share, share)
 
     return maker.stream(rows, start, None, share, config.seed)
@@ -49,17 +46,18 @@ def batches(
 def evaluation_batches(
     config: Any, *, split: str, batch_size: int, examples: int = 0, host: int = 0, hosts: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields one pass over a split's pairs in a fixed shuffled order; the last batch is filled up.
+    """Yields one pass over a split's pairs, or pictures, in a fixed shuffled order; the last batch is filled up.
 
     Words are masked at `config.evaluation.mask_rate` and pictures keep `config.evaluation.max_patches`, whatever
-    training does. A padding row repeats a real one, with -1 for its ids and labels. Masks and dropped patches depend on the pair
-    and the picture only, so they are the same in every evaluation.
+    training does. A padding row repeats a real picture and text, with -1 for its ids and labels and no boxes. Masks and
+    dropped patches depend on the pair and the picture only, so they are the same in every evaluation. With several
+    canvases, pictures that need the same one stand together.
 
     Args:
         config: reads data, evaluation.mask_rate and evaluation.max_patches.
         split: of the data.
         batch_size: global.
-        examples: how many pairs, evenly spread; 0 = all.
+        examples: how many of them, evenly spread; 0 = all.
         host, hosts: this host's slice of the rows of each global batch.
 
     Raises:
@@ -68,19 +66,29 @@ def evaluation_batches(
     config = evaluation_config(config)
     maker = _Maker(config, split)
     share = _share(batch_size, "evaluation.batch_size", hosts)
-    pairs = order.spread(maker.chooser.pairs, examples)
+    chosen = order.spread(maker.chooser.examples, examples)
+    sizes, places = maker.chooser.one_pass(chosen, batch_size)
 
-    def rows(step: int) -> tuple[Rows, int]:
-        places = step * batch_size + host * share + np.arange(share)
-        return maker.chooser.evaluation(pairs, places), maker.rule.slots
+    def rows(step: int) -> tuple[Rows, Any]:
+        return maker.chooser.evaluation(chosen, places[step, host * share : (host + 1) * share]), sizes[step]
 
-    return maker.stream(rows, 0, -(-len(pairs) // batch_size), share, 0)
+    return maker.stream(rows, 0, len(places), share, 0)
+
+
+def examples(config: Any, split: str) -> int:
+    """How many pairs, in runs without texts pictures, a whole pass over a split has.
+
+    Raises:
+        UserError: as `batches`.
+    """
+    config = evaluation_config(config)
+    return Chooser(config, open_sources(config.data.dir, split)).examples
 
 
 def evaluation_config(config: Any) -> Any:
     """Returns a copy for evaluation, its mask rate and patch slots, pictures as they are: what `spec` needs."""
     config = config.copy_and_resolve_references()
-    config.data.update(buckets=(), randaugment=(), crop=(), flip=0.0)
+    config.data.update(buckets=(), randaugment=(), crop=(), image_sizes=(), size_crop=0.0, flip=0.0)
     config.data.mask_rate = config.evaluation.mask_rate
     if config.evaluation.max_patches >= 0:
         config.data.max_patches = config.evaluation.max_patches
@@ -101,50 +109,54 @@ class _Maker:
 
     def __init__(self, config: Any, split: str):
         self.config, self.data = config, config.data
-        self.rule = image.layout(config.data)
-        self.changes = augment.rule(config.data)
         specification.spec(config, 1)  # refuses what does not fit before files are opened
         self.sources = open_sources(config.data.dir, split)
+        opened = [source for _, source, _ in self.sources]
+        self.parts = [parts.KINDS[name](config, opened) for name in config.data.inputs]
         self.chooser = Chooser(config, self.sources)
-        first = self.sources[0][1]
-        self.vocabulary = load_vocabulary(first.vocabulary_path, first.manifest["vocabulary"]["sha256"])
+        self.fields = [
+            tuple(dict.fromkeys(field for part in self.parts for field in part.fields(source)))
+            for source in opened
+        ]
 
     def source(self, number: int) -> Source:
         return self.sources[number][1]
 
-    def make(self, rows: Rows, slots: int, seed: int) -> dict[str, np.ndarray]:
+    def make(self, rows: Rows, size: Any, seed: int) -> dict[str, np.ndarray]:
         """Everything of a batch but the pixels, the bytes of its pictures, and what is to be done to them."""
         count = len(rows.record)
-        contents, texts = np.empty(count, object), [""] * count
-        height, width, pair = (np.empty(count, np.int64) for _ in range(3))
+        records, texts = np.empty(count, object), [""] * count
+        height, width, example = (np.empty(count, np.int64) for _ in range(3))
+        with_texts = "text" in self.data.inputs
         for one in np.unique(rows.source):
             here = np.flatnonzero(rows.source == one)
             source, record, caption = self.source(one), rows.record[here], rows.caption[here]
             height[here], width[here] = source.heights[record], source.widths[record]
-            pair[here] = source.pair(record, caption)
-            for place, number, read in zip(here, caption, source.read(record, _READ), strict=True):
-                contents[place], texts[place] = read["image"], read["captions"][number]
-        encoded = self.vocabulary.encode(texts, self.data.text_length)
-        masks = corrupt.corrupt(
-            encoded,
-            self.vocabulary.special,
-            self.vocabulary.mask,
-            rate=self.data.mask_rate,
-            counts_padding=self.data.mask_counts_padding,
-            seed=seed,
-            keys=rows.key,
-        )
-        masks["mlm_labels"][~rows.real] = -1
-        ids = {"example_id": pair, "image_id": rows.record, "source_id": rows.source}
-        ids = {key: np.where(rows.real, value, -1).astype(np.int32) for key, value in ids.items()}
-        rule = dataclasses.replace(self.rule, slots=slots)
-        pictures = augment.plan(self.changes, rule, rows.draw, height, width, texts)
-        return encoded | masks | ids | pictures | {"contents": contents}
+            example[here] = source.pair(record, caption) if with_texts else record
+            for place, number, read in zip(here, caption, source.read(record, self.fields[one]), strict=True):
+                records[place] = read
+                if with_texts:
+                    texts[place] = read["captions"][number]
+        ids = {"example_id": example, "image_id": rows.record, "source_id": rows.source}
+        made = {key: np.where(rows.real, value, -1).astype(np.int32) for key, value in ids.items()}
+        plans = self._plans(rows, height, width, texts)
+        content = parts.Content(rows, records, height, width, texts, size, seed, plans)
+        for part in self.parts:
+            made |= part.arrays(content)
+        return made
+
+    def _plans(self, rows: Rows, height: np.ndarray, width: np.ndarray, texts: list[str]) -> Any:
+        """What happens to the pictures of a grid; none whose text mentions a side is mirrored."""
+        if "grid" not in self.data.inputs:
+            return None
+        made = detection.plan(grid.rule(self.data), rows.draw, height, width)
+        still = np.fromiter(map(augment.mentions_side, texts), bool, len(texts))
+        return dataclasses.replace(made, mirrored=made.mirrored & ~still)
 
     def stream(
-        self, rows: Callable[[int], tuple[Rows, int]], start: int, stop: int | None, share: int, seed: int
+        self, rows: Callable[[int], tuple[Rows, Any]], start: int, stop: int | None, share: int, seed: int
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the batches of the steps in [start, stop); `rows` gives a step's rows and patch slots."""
+        """Yields the batches of the steps in [start, stop); `rows` gives a step's rows and its patch slots or canvas."""
         # tensorflow keeps a Python function for ever; what it needs is taken from here, and let go of with the
         # stream. At exit too: a thread that still wants to call Python then would end the process by an abort.
         running = {"make": lambda step: self.make(*rows(int(step)), seed)}
@@ -174,9 +186,15 @@ class _Maker:
 
         @tf.autograph.experimental.do_not_convert
         def picture_part(row):
-            chosen, plan = row.pop("chosen"), {key: row.pop(key) for key in augment.keys(self.changes)}
-            patches = image.cut(augment.apply(plan, self.changes), chosen, self.rule.patch)
-            return row | {"patches": tf.ensure_shape(patches, [None, 3 * self.rule.patch**2])}
+            for part in self.parts:
+                row = part.row(row)
+            return row
+
+        @tf.autograph.experimental.do_not_convert
+        def last_part(batch):
+            for part in self.parts:
+                batch = part.together(batch)
+            return batch
 
         options = tf.data.Options()
         options.deterministic = True
@@ -187,22 +205,29 @@ class _Maker:
         dataset = (
             dataset.prefetch(1).unbatch().map(picture_part, num_parallel_calls=threads or tf.data.AUTOTUNE)
         )
-        return dataset.batch(share, drop_remainder=True).prefetch(self.data.prefetch).with_options(options)
+        dataset = dataset.batch(share, drop_remainder=True).map(last_part)
+        return dataset.prefetch(self.data.prefetch).with_options(options)
 
     def _types(self, share: int) -> dict[str, tuple[Any, tuple[int | None, ...]]]:
         """Type and shape of all that the host part makes; the number of patch slots differs between buckets."""
         import tensorflow as tf
 
-        made = specification.spec(self.config, share)
+        later = {key for part in self.parts for key in part.later}
         types = {
-            key: (tf.as_dtype(entry.dtype), entry.shape) for key, entry in made.items() if key != "patches"
+            key: (entry.dtype, entry.shape)
+            for key, entry in specification.spec(self.config, share).items()
+            if key not in later
         }
-        for key in ("patch_positions", "patch_mask"):
+        for key in {"patch_positions", "patch_mask"} & types.keys():
             kind, (rows, _, *rest) = types[key]
             types[key] = kind, (rows, None, *rest)
-        for key, (kind, shape) in augment.keys(self.changes).items():
-            types[key] = (tf.string if kind is object else tf.as_dtype(kind)), (share, *shape)
-        return types | {"chosen": (tf.int32, (share, None))}
+        types |= {
+            key: (kind, (share, *shape)) for part in self.parts for key, (kind, shape) in part.extra.items()
+        }
+        return {
+            key: (tf.string if kind is object else tf.as_dtype(kind), shape)
+            for key, (kind, shape) in types.items()
+        }
 
     def _checked(self, running, rows, step: int, share: int) -> Iterator[dict[str, np.ndarray]]:
         import tensorflow as tf
@@ -215,15 +240,15 @@ class _Maker:
             except tf.errors.OpError as error:
                 self._explain(rows(step))
                 raise RuntimeError(f"step {step} of the data pipeline failed: {error.message}") from error
-            slots = batch["patch_mask"].shape[1]
-            specification.check(batch, specification.spec(self.config, share, slots))
+            size = batch["image"].shape[1:3] if "image" in batch else batch["patch_mask"].shape[1]
+            specification.check(batch, specification.spec(self.config, share, size))
             yield batch
             step += 1
 
-    def _explain(self, chosen: tuple[Rows, int]) -> None:
+    def _explain(self, chosen: tuple[Rows, Any]) -> None:
         """Makes a failed batch again in Python, where a UserError is not wrapped, and looks at each picture."""
-        rows, slots = chosen
-        contents = self.make(rows, slots, 0)["contents"]
+        rows, size = chosen
+        contents = self.make(rows, size, 0)["contents"]
         for number, record, content in zip(rows.source, rows.record, contents, strict=True):
             source = self.source(number)
             found = image.decoded(content, f"The picture in {source.where(record)}").shape[:2]

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vlp_jax.data.text import Vocabulary
 from vlp_jax.evaluation import runner
+from vlp_jax.evaluation.detection import Detection, class_names, recorded
 from vlp_jax.evaluation.masked_language import MaskedLanguage
 from vlp_jax.evaluation.matching import Matching
 from vlp_jax.evaluation.oracle import Knowledge
@@ -39,16 +40,16 @@ class Places:
     target: Path
 
 
-def find(workdir: str, checkpoint: str, target: str) -> Places:
-    """Reads the flags of `evaluate`; makes nothing.
+def chosen(workdir: str, checkpoint: str) -> Path:
+    """The folder that one of two flags names.
 
     Raises:
-        UserError: neither or both of workdir and checkpoint, one that does not exist, or no place for results.
+        UserError: neither or both of them, or a folder that does not exist.
     """
     if bool(workdir) == bool(checkpoint):
         given = "both" if workdir else "neither"
         raise UserError(
-            f"What to evaluate is not clear: {given} of --workdir and --checkpoint are given. Give one: "
+            f"Which checkpoint is not clear: {given} of --workdir and --checkpoint are given. Give one: "
             "--workdir=RUN for a run's newest checkpoint, or --checkpoint=RUN/checkpoints/STEP."
         )
     path = Path(workdir or checkpoint).expanduser()
@@ -56,8 +57,18 @@ def find(workdir: str, checkpoint: str, target: str) -> Places:
         flag = "workdir" if workdir else "checkpoint"
         raise UserError(
             f"--{flag}={path} {'is no folder' if path.exists() else 'does not exist'}. Possible: a folder that "
-            "train has written. Correct the path, or train first."
+            "train or convert has written. Correct the path, or train first."
         )
+    return path
+
+
+def find(workdir: str, checkpoint: str, target: str) -> Places:
+    """Reads the flags of `evaluate`; makes nothing.
+
+    Raises:
+        UserError: as `chosen`, or no place for results.
+    """
+    path = chosen(workdir, checkpoint)
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     results = Path(target).expanduser() if target else path
     if checkpoint and not target:
@@ -109,6 +120,25 @@ def check_vocabulary(trained: Mapping[str, Any], facts: Mapping[str, Any]) -> No
         )
 
 
+def understood(
+    config: ConfigDict, meta: Mapping[str, Any], assets: Mapping[str, Path], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The facts of the data as a checkpoint understands them: classes are its own, so objects are told by name.
+
+    Args:
+        config: of the evaluation.
+        meta, assets: of the checkpoint.
+        facts: of the data scored on.
+
+    Raises:
+        UserError: texts in another vocabulary than the checkpoint's.
+    """
+    if "text" in config.data.inputs:
+        check_vocabulary(meta.get("facts", {}), facts)
+    names = class_names(assets) if "boxes" in config.data.inputs else []
+    return {**facts, "categories": names, "classes": len(names)} if names else dict(facts)
+
+
 def put(config: ConfigDict, system: System, params: Params, spec: Mapping[str, Any], mesh: Mesh) -> Params:
     """Places parameters that were read as numpy arrays on the mesh, as the preset says."""
 
@@ -135,31 +165,45 @@ def score(
         system, params: what to score; the parameters lie on `mesh`.
         batches: one pass, as for `runner.evaluate`.
         knowledge: of the split that the batches come from.
-        facts: of the data, with `vocabulary_path` and `visual_ids`.
+        facts: of the data, with `vocabulary_path` and `visual_ids`, or for boxes `categories`.
         mesh: the devices.
         examples: how many the pass holds, for the time left.
     """
     wanted, start = config.evaluation, time.monotonic()
-    vocabulary = Vocabulary.load(facts["vocabulary_path"])
-    shared = dict(vocabulary=vocabulary, knowledge=knowledge, pictures=wanted.pictures)
-    tasks: dict[str, runner.Task] = {}
-    if "fill" in system.predict:
-        tasks["words"] = MaskedLanguage(system, facts["visual_ids"], **shared)
-    if "match" in system.predict:
-        tasks["pairs"] = Matching(system, visual_ids=facts["visual_ids"], **shared)
-    if {"encode_text", "encode_image", "fuse", "match"} <= set(system.predict):
-        size = PAIRS_A_ROW * wanted.batch_size
-        search = dict(gallery=wanted.gallery, captions=wanted.captions, batch_size=size)
-        tasks["gallery"] = Retrieval(system, mesh, knowledge, **search)
+    tasks = _tasks(config, system, knowledge, facts, mesh)
     with shard.context(mesh, config.parallel.rules):
         scores = runner.evaluate(system, params, batches, list(tasks.values()), mesh, examples)
-    words, pairs, gallery = (tasks.get(name) for name in ("words", "pairs", "gallery"))
+    words, pairs, gallery, boxes = (tasks.get(name) for name in ("words", "pairs", "gallery", "boxes"))
+    judged = boxes.examples(wanted.pictures) if boxes else ()
     shown = Examples(
         alignments=pairs.alignments if pairs else (),
         right=pairs.right if pairs else (),
         wrong=pairs.wrong if pairs else (),
         guesses=words.examples if words else (),
+        detections=[(knowledge.picture(*place), one) for place, one in judged],
+        categories=facts.get("categories", ()),
     )
     pictures = len(gallery.gallery.pictures) if gallery else 0
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     return Found(scores, shown, pictures, parameters, time.monotonic() - start)
+
+
+def _tasks(
+    config: ConfigDict, system: System, knowledge: Knowledge, facts: Mapping[str, Any], mesh: Mesh
+) -> dict[str, runner.Task]:
+    wanted, can = config.evaluation, set(system.predict)
+    tasks: dict[str, runner.Task] = {}
+    if can & {"fill", "match"}:
+        vocabulary = Vocabulary.load(facts["vocabulary_path"])
+        shared = dict(vocabulary=vocabulary, knowledge=knowledge, pictures=wanted.pictures)
+    if "fill" in can:
+        tasks["words"] = MaskedLanguage(system, facts["visual_ids"], **shared)
+    if "match" in can:
+        tasks["pairs"] = Matching(system, visual_ids=facts["visual_ids"], **shared)
+    if {"encode_text", "encode_image", "fuse", "match"} <= can:
+        size = PAIRS_A_ROW * wanted.batch_size
+        search = dict(gallery=wanted.gallery, captions=wanted.captions, batch_size=size)
+        tasks["gallery"] = Retrieval(system, mesh, knowledge, **search)
+    if "boxes" in can:
+        tasks["boxes"] = Detection(system, recorded(knowledge.sources, facts["categories"]))
+    return tasks

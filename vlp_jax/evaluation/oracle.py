@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vlp_jax.data import image as pictures
+
 
 class Records(Protocol):
     """What is read of a prepared split (`data.source.Source`)."""
@@ -21,8 +23,8 @@ class Records(Protocol):
     def locate(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the record and the number of its caption for each pair."""
 
-    def read(self, rows: Sequence[int]) -> list[Mapping[str, Any]]:
-        """Returns records with "captions" and, for drawn worlds, "scene" (json)."""
+    def read(self, rows: Sequence[int], names: Sequence[str] = ()) -> list[Mapping[str, Any]]:
+        """Returns records with "image", "captions" and, for drawn worlds, "scene" (json); () = all fields."""
 
 
 class World(Protocol):
@@ -44,7 +46,7 @@ class Knowledge:
     """
 
     def __init__(self, sources: Sequence[Records], worlds: Sequence[World | Any]):
-        self._sources = list(sources)
+        self.sources = list(sources)
         self._truth = [getattr(world, "truth", None) for world in worlds]
         self._fill = [getattr(world, "fill", None) for world in worlds]
         self._texts: dict[tuple[int, int], tuple[list[str], Any]] = {}
@@ -54,12 +56,17 @@ class Knowledge:
         for source in np.unique(source_ids):
             rows = np.unique(image_ids[source_ids == source])
             rows = [int(row) for row in rows if row >= 0 and (int(source), int(row)) not in self._texts]
-            for row, record in zip(rows, self._sources[source].read(rows) if rows else [], strict=True):
+            for row, record in zip(rows, self.sources[source].read(rows) if rows else [], strict=True):
                 scene = record.get("scene")
                 self._texts[int(source), row] = (
                     list(record["captions"]),
                     json.loads(scene) if scene else None,
                 )
+
+    def picture(self, source: int, image: int) -> np.ndarray:
+        """A picture before any resizing, uint8 [height, width, 3]; the only method that data without texts serve."""
+        record = self.sources[source].read([image], ("image",))[0]
+        return pictures.decoded(record["image"], f"The picture of row {image}")
 
     def captions(self, source: int, image: int) -> list[str]:
         """All captions of a picture."""
@@ -67,7 +74,7 @@ class Knowledge:
 
     def caption(self, source: int, example: int) -> str:
         """The caption of a pair."""
-        image, number = self._sources[source].locate(np.array([example]))
+        image, number = self.sources[source].locate(np.array([example]))
         return self.captions(source, int(image[0]))[int(number[0])]
 
     def knows_scenes(self, source: int, image: int) -> bool:

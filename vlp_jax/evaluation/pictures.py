@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing for the report: patches back to pixels, heat-maps of a transport plan, charts as inline SVG."""
+"""Drawing: patches back to pixels, heat-maps of a transport plan, charts as inline SVG."""
 
 from __future__ import annotations
 
@@ -136,6 +136,8 @@ def meter(score: float, blind: float | None, oracle: float | None) -> str:
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers, about `count` steps apart, that span [low, high]."""
+    if low == high:
+        low, high = low - (abs(low) / 10 or 1.0), high + (abs(high) / 10 or 1.0)
     span = max(high - low, 1e-9, abs(high) * 1e-6)
     power = 10.0 ** math.floor(math.log10(span / count))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor * count >= span)

@@ -20,6 +20,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlp_jax.evaluation.detection import SURE, Judged, called
+from vlp_jax.evaluation.frames import draw_boxes, of_verdicts
 from vlp_jax.evaluation.masked_language import Guess
 from vlp_jax.evaluation.matching import Alignment, Decision
 from vlp_jax.evaluation.pictures import chart, data_uri, heat_map, meter, unpatchify, veil
@@ -36,6 +38,29 @@ MEANINGS = {
     "text_retrieval/r1": ("Text retrieval R@1", "a picture's own text scores highest in the gallery"),
     "text_retrieval/r5": ("Text retrieval R@5", "... is among the first five"),
     "text_retrieval/r10": ("Text retrieval R@10", "... is among the first ten"),
+    "detection/ap": ("Boxes AP", "COCO's average precision, mean over classes and overlaps 0.50 to 0.95"),
+    "detection/ap50": ("Boxes AP50", "a box that overlaps its object by half (IoU 0.50) is right"),
+    "detection/ap75": ("Boxes AP75", "... by three quarters"),
+    "detection/ap_small": (
+        "Boxes AP, small",
+        "objects of less than 32 x 32 pixels, by the area of their mask",
+    ),
+    "detection/ap_medium": ("Boxes AP, medium", "... of 32 x 32 to 96 x 96 pixels"),
+    "detection/ap_large": ("Boxes AP, large", "... of more"),
+    "detection/ar_1": ("Boxes AR@1", "average recall with one box a class and picture"),
+    "detection/ar_10": ("Boxes AR@10", "... with ten"),
+    "detection/ar_100": ("Boxes AR@100", "... with a hundred"),
+    "detection/ar_small": ("Boxes AR@100, small", "... of small objects"),
+    "detection/ar_medium": ("Boxes AR@100, medium", "... of medium ones"),
+    "detection/ar_large": ("Boxes AR@100, large", "... of large ones"),
+    "detection/padding": (
+        "Padding",
+        "no score: mean share of the canvas outside of a picture; scores depend on it",
+    ),
+    "detection/unknown_objects": (
+        "Unknown objects",
+        "no score: share of objects whose class the model lacks",
+    ),
 }
 TWINS = ("_blind", "_oracle")
 CURVES = {"run": "this run", "reference": "reference curve", "blind": "blind", "oracle": "oracle"}
@@ -76,6 +101,7 @@ img{display:block;border-radius:4px;max-width:100%}img.small{image-rendering:pix
 .card{background:var(--card);border-radius:8px;padding:14px;display:flex;gap:14px;align-items:flex-start}
 .card img{width:112px;flex:none}.card div{min-width:0;flex:1}.card p{margin:0 0 6px}
 .right{color:var(--oracle);font-weight:600}.wrong{color:var(--wrong);font-weight:600}
+i.missed{color:var(--soft);border-top-style:dashed!important}.charts p{margin:4px 0 0;font-size:13px}
 .hole{border-bottom:2px solid var(--soft);padding:0 4px;color:var(--soft);margin:0 1px;white-space:nowrap}
 .hole.this{border-color:var(--run);color:var(--run);font-weight:650}
 .guess{display:grid;grid-template-columns:minmax(58px,auto) 1fr 42px;gap:8px;align-items:center;font-size:13.5px}
@@ -101,6 +127,8 @@ class Examples:
     right: Sequence[Decision] = ()
     wrong: Sequence[Decision] = ()
     guesses: Sequence[Guess] = ()
+    detections: Sequence[tuple[np.ndarray, Judged]] = ()  # with the picture, uint8 [height, width, 3]
+    categories: Sequence[str] = ()  # names of the classes of `detections`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,26 +169,41 @@ def run_facts(
     split, data, train = config.evaluation.split, config.data, config.train
     sizes = [source["splits"][split] for source in facts["sources"].values() if split in source["splits"]]
     pairs, records = (sum(size[name] for size in sizes) for name in ("pairs", "records"))
-    scored = min(pairs, config.evaluation.examples or pairs)
+    whole = "text" not in data.inputs  # pictures, not pairs
+    unit, total = ("pictures", records) if whole else ("pairs", pairs)
+    scored = f"{min(total, config.evaluation.examples or total):,} of {total:,} {unit}"
+    if not whole:
+        scored += f", {records:,} pictures"
+    padding = found.scores.get("detection/padding")
+    if padding is not None:
+        scored += f"; in batches of {config.evaluation.batch_size}, {padding:.1%} of their pixels padding"
     objectives = [f"{name} × {factor:g}" for name, factor in config.objectives.items() if factor]
     speeds = [line["time/examples_per_second"] for line in metrics if "time/examples_per_second" in line]
     devices = jax.devices()
+    captions = config.evaluation.captions or "all"
+    retrieval = {"Retrieval": f"gallery of {found.gallery} pictures, texts of each: {captions}"}
     return {
         "System": f"{config.system}, variant {config.variant}: {found.parameters / 1e6:.2f} million parameters",
-        "Trained": f"{meta.get('step', 0):,} steps of {train.batch_size} pairs, seed {config.seed}"
+        "Trained": f"{meta.get('step', 0):,} steps of {train.batch_size} {unit}, seed {config.seed}"
         + (", averages of the parameters" if meta.get("averages") else ""),
-        "Training speed": f"{np.median(speeds):,.0f} pairs a second" if speeds else "not known",
+        "Training speed": f"{np.median(speeds):,.0f} {unit} a second" if speeds else "not known",
         "Objectives": ", ".join(objectives),
         "Optimizer": f"AdamW, learning rate {config.optimizer.lr:g}, decay {config.optimizer.weight_decay:g}",
-        "Input": f"{data.image_size} pixels in patches of {data.patch_size}; {data.text_length} word pieces",
-        "Scored on": f"{split} split: {scored:,} of {pairs:,} pairs, {records:,} pictures",
-        "Retrieval": f"gallery of {found.gallery} pictures, texts of each: {config.evaluation.captions or 'all'}",
+        "Input": _input(data),
+        "Scored on": f"{split} split: {scored}",
+        **(retrieval if found.gallery else {}),
         "Data digest": facts["manifest_sha256"][:12],
         "Device": f"{len(devices)} × {devices[0].device_kind}, {os.cpu_count()} processor cores",
         "Evaluation took": f"{found.seconds:.0f} s",
         "Code": _commit() or "no commit known",
         "Written": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     }
+
+
+def _input(data: ConfigDict) -> str:
+    parts = [f"{data.image_size} pixels"]
+    parts += [f"in patches of {data.patch_size}"] if "patches" in data.inputs else ["the shorter side"]
+    return " ".join(parts) + (f"; {data.text_length} word pieces" if "text" in data.inputs else "")
 
 
 def _commit() -> str:
@@ -205,6 +248,7 @@ def write_report(
         _alignment_section(examples.alignments),
         _decision_section(examples),
         _guess_section(examples.guesses),
+        _detection_section(examples),
     ]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
     head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
@@ -265,7 +309,7 @@ def _score_section(scores: Mapping[str, float]) -> str:
             f"<td>{_number(blind)}</td><td>{_number(oracle)}</td></tr>"
         )
     note = (
-        "Fractions from 0 to 1. Blind: the same model with the picture withheld, what it knows from words alone. "
+        "Fractions from 0 to 1. Blind: the same model with the picture withheld, what it knows without seeing. "
         "Oracle: a guesser that knows the scene; where several answers are true it draws one."
     )
     key = _key(run="score", blind="blind", oracle="oracle")
@@ -285,7 +329,7 @@ def _curve_section(metrics: Sequence[Mapping[str, float]], reference: Sequence[M
         last = lines["run"][-1][1]
         label, fraction = (
             f"{name} over steps, {last:.4g} at the end",
-            "accuracy" in name or "retrieval" in name,
+            any(part in name for part in ("accuracy", "retrieval", "/detection/")),
         )
         drawn = chart(lines, label, fraction)
         panels.append(f'<div><h3>{escape(name)} <span class="soft">{last:.4g}</span></h3>{drawn}</div>')
@@ -294,10 +338,9 @@ def _curve_section(metrics: Sequence[Mapping[str, float]], reference: Sequence[M
 
 
 def _charted(metrics: Sequence[Mapping[str, float]]) -> list[str]:
-    """What gets a panel: the loss, then what else was trained, then validation."""
-    names = dict.fromkeys(
-        name for line in metrics for name, value in line.items() if isinstance(value, (int, float))
-    )
+    """What gets a panel: the loss, then what else was trained and ever was above 0, then validation."""
+    values = [item for line in metrics for item in line.items() if isinstance(item[1], (int, float))]
+    names = dict.fromkeys(name for name, value in values if value or not name.startswith("train/"))
     train = [name for name in names if name.startswith("train/") and name not in UNCHARTED]
     train.sort(key=lambda name: (name != "train/loss", name in LAST, "accuracy" in name))
     return train + [name for name in names if name.startswith("validation/") and not name.endswith(TWINS)]
@@ -376,6 +419,25 @@ def _guess_section(guesses: Sequence[Guess]) -> str:
         )
     note = "A hidden word (?) and the three best guesses with their probabilities; … are other hidden words."
     return _section("Masked words", note, cards, "cards")
+
+
+def _detection_section(examples: Examples) -> str:
+    panels = []
+    for picture, judged in examples.detections:
+        wrong = int(np.sum(~judged.right))
+        words = f"{int(np.sum(judged.found))} of {len(judged.found)} found" + (
+            f", {wrong} wrong" if wrong else ""
+        )
+        there = [called(examples.categories, label) for label in judged.objects.labels]
+        alt = f"in truth: {', '.join(there) or 'nothing'}"
+        drawn = _image(draw_boxes(picture, of_verdicts(judged, examples.categories)), alt, 640)
+        panels.append(f'<div>{drawn}<p>{words} <span class="soft">{escape(alt)}</span></p></div>')
+    note = (
+        f"The pictures that went worst, then those that went best. Shown are boxes with a score of {SURE:g} and more, or "
+        f"the surest one; right is a box that overlaps an object of its name by {SURE:g} and more."
+    )
+    key = _key(right="right", wrong="wrong", missed="in truth")
+    return _section("Objects and their boxes", note, panels, "charts", key)
 
 
 def _guess(word: str, chance: float, hit: bool) -> str:

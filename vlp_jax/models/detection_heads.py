@@ -46,3 +46,17 @@ class BoxHead(nn.Module):
         x = jax.nn.relu(_linear(width, width, jnp.float32, "hidden1")(x))
         x = jax.nn.relu(_linear(width, width, jnp.float32, "hidden2")(x))
         return jax.nn.sigmoid(_linear(4, width, jnp.float32, "out")(x))
+
+
+class DetectionHeads(nn.Module):
+    """Both heads: `class` and `box`."""
+
+    classes: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch layer query width"]
+    ) -> tuple[Float[Array, "batch layer query classes_and_none"], Float[Array, "batch layer query 4"]]:
+        """Maps features to logits and boxes."""
+        return ClassHead(self.classes, self.dtype, name="class")(x), BoxHead(name="box")(x)

@@ -21,8 +21,8 @@ from vlp_jax.types import Batch
 
 log = logging.getLogger(__name__)
 
-# What a run takes from its data and a plan supposes. 30522: the pieces of BERT's uncased vocabulary.
-ASSUMED = {"vocab_size": 30522, "pad_id": 0}
+# What a run takes from its data and a plan supposes. 30522: the pieces of BERT's uncased vocabulary; 91: COCO's raw ids.
+ASSUMED = {"vocab_size": 30522, "pad_id": 0, "classes": 91}
 # The part whose size is published as a model's (87.4 million for ViLT-B/32).
 BACKBONE = re.compile(r"(^|/)stack/|(^|/)patch_embed/projection/")
 GROUPS, COMPONENTS = 10, 5  # rows of the time table, and components of a module path

@@ -98,7 +98,8 @@ def _setting(f: Figures) -> Iterator[str]:
 
 def _model(f: Figures) -> Iterator[str]:
     backbone = f["parameters_blocks_and_patch_projection"]
-    yield _row("parameters", f"{f['parameters']:,}; blocks and patch projection {backbone:,}")
+    part = f"; blocks and patch projection {backbone:,}" if backbone else ""
+    yield _row("parameters", f"{f['parameters']:,}{part}")
     step, useful = f["flops_per_step"], f["useful_flops_per_step"]
     yield _row(
         "FLOPs a step", f"{step:.4g} computed, {useful:.4g} useful (tokens that only fill tiles left out)"

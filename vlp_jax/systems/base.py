@@ -90,11 +90,11 @@ def fill_unknown(config: ConfigDict, facts: Mapping[str, Any], wanted: Mapping[s
     return config
 
 
-def divisible(config: ConfigDict) -> None:
-    """Checks sizes that every patch model shares.
+def whole_patches(config: ConfigDict) -> None:
+    """Checks that a picture is a whole number of patches.
 
     Raises:
-        UserError: the picture is not a multiple of the patch, or the width not one of the heads.
+        UserError: it is not.
     """
     size, patch = config.data.image_size, config.data.patch_size
     if size % patch:
@@ -102,13 +102,23 @@ def divisible(config: ConfigDict) -> None:
             f"config.data.image_size {size} is not divisible by config.data.patch_size {patch}. "
             f"Take {size // patch * patch or patch} or {(size // patch + 1) * patch}."
         )
-    width, heads = config.model.width, config.model.fusion.num_heads
-    if heads < 1 or width % heads:
-        possible = [n for n in range(1, width + 1) if width % n == 0 and n <= 64]
-        raise UserError(
-            f"config.model.width {width} is not divisible by config.model.fusion.num_heads {heads}. Possible heads: "
-            f"{possible}. Change one of the two."
-        )
+
+
+def whole_heads(config: ConfigDict, *stacks: str) -> None:
+    """Checks that the width is a multiple of the attention heads of the named parts of `config.model`.
+
+    Raises:
+        UserError: of one it is not.
+    """
+    width = config.model.width
+    for stack in stacks:
+        heads = config.model[stack].num_heads
+        if heads < 1 or width % heads:
+            possible = [n for n in range(1, width + 1) if width % n == 0 and n <= 64]
+            raise UserError(
+                f"config.model.width {width} is not divisible by config.model.{stack}.num_heads {heads}. Possible "
+                f"heads: {possible}. Change one of the two."
+            )
 
 
 def switch_on_heads(config: ConfigDict, pooled: tuple[str, ...]) -> None:

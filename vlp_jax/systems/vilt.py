@@ -109,16 +109,15 @@ def resolve(config: ConfigDict, facts: Mapping[str, Any]) -> ConfigDict:
     wanted = {"text_embed.length": "text_length", "patch_embed.patch_size": "patch_size"}
     wanted |= {"text_embed.vocab_size": "vocab_size", "text_embed.pad_id": "pad_id"}
     config = base.fill_unknown(config, known, {f"model.{ours}": fact for ours, fact in wanted.items()})
-    base.divisible(config)
+    base.whole_patches(config)
+    base.whole_heads(config, "fusion")
     base.switch_on_heads(config, pooled=("itm", "rank", "answer", "pair"))
     if config.model.heads.pair and config.model.modalities < 3:
-        raise UserError(
-            "config.model.heads.pair reads two pictures: set config.model.modalities to 3, not 2."
-        )
+        raise UserError("config.model.heads.pair reads two pictures: set config.model.modalities to 3.")
     if config.model.gelu not in GELUS:
+        hint = closest(config.model.gelu, GELUS)
         raise UserError(
-            f"unknown config.model.gelu {config.model.gelu!r}.{closest(config.model.gelu, GELUS)} "
-            f"Possible: {', '.join(GELUS)}."
+            f"unknown config.model.gelu {config.model.gelu!r}.{hint} Possible: {', '.join(GELUS)}."
         )
     if config.model.patch_embed.grid == -1:
         # A larger picture may be read with a smaller learned grid, so this one is filled but never compared.

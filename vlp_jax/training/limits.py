@@ -39,6 +39,7 @@ LIMITS = {
     "evaluation.max_patches": (-1, MOST),  # -1: as in training
     "evaluation.*": (0, MOST),
     "model.*.eps": (0, 1),
+    "model.heads.classes": (-1, MOST),  # -1: as the data has it
     "model.heads.*": (0, MOST),  # classes; 0 = no such head
     "model.*_embed.*": (-1, MOST),  # -1: as the data has it
     "model.modalities": (2, MOST),

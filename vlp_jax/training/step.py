@@ -15,6 +15,8 @@ from vlp_jax.systems.base import System
 from vlp_jax.training.state import TrainState, moving_average
 from vlp_jax.types import Array, Batch, Extra, Key, LossOut, Params, Term
 
+PADDED = ("text_mask", "patch_mask", "image_mask", "box_mask")  # what is real of the padded parts of a batch
+
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array | Term]]]
 
 
@@ -58,7 +60,7 @@ def make_train_step(config: ConfigDict, system: System, optimizer: Any) -> Step:
 
 def _composition(batch: Batch, sources: tuple[str, ...]) -> dict[str, Array]:
     """What the batch is made of: the share of positions that are padding, and of each source of a mixture."""
-    real = {name: batch[f"{name}_mask"] for name in ("text", "patch") if f"{name}_mask" in batch}
+    real = {key.removesuffix("_mask"): value for key, value in batch.items() if key in PADDED}
     shares = {f"padding/{name}": 1.0 - jnp.mean(mask, dtype=jnp.float32) for name, mask in real.items()}
     if len(sources) > 1:
         for number, name in enumerate(sources):

@@ -68,7 +68,7 @@ def assemble(order: Order, each: Callable, folder: Path, max_bad: float, strict:
     listed, seen = _list(order, each, folder)
     fields = tuple(record.stored_fields(seen & {*module.FIELDS}))
     jobs = {split: _jobs(order, folder, split, count, fields, strict) for split, count in listed.items()}
-    results, dropped, changed = _write_shards(each, jobs, listed, folder, max_bad)
+    results, dropped, changed, names = _write_shards(each, jobs, listed, folder, max_bad)
     splits = {}
     for split, count in listed.items():
         entry = _index(folder, split, results[split])
@@ -82,6 +82,7 @@ def assemble(order: Order, each: Callable, folder: Path, max_bad: float, strict:
         "created_with": {name: importlib.metadata.version(name) for name in PACKAGES},
         "splits": splits,
         "fields": list(fields),
+        "box_names": names,
         "sources": source_entries(module.sources(order.source, **order.options), order.source),
         "dropped": file_entries([folder / DROPPED], folder)[0] | dropped,
         "changed": changed,
@@ -146,14 +147,14 @@ def _jobs(
 
 def _write_shards(
     each: Callable, jobs: dict[str, list[Job]], listed: dict[str, int], folder: Path, max_bad: float
-) -> tuple[dict[str, list[dict]], dict, dict]:
+) -> tuple[dict[str, list[dict]], dict, dict, dict[str, int]]:
     """Writes all shards, and what was dropped into dropped.jsonl.
 
     Returns:
         split -> shards as the manifest has them; "count" and "reasons" of what was dropped; phrase -> number of
-        what was changed.
+        what was changed; the names that boxes have, sorted, and how many have each.
     """
-    reasons, changed = collections.Counter(), collections.Counter()
+    reasons, changed, names = (collections.Counter() for _ in range(3))
     results: dict[str, list[dict]] = {split: [] for split in jobs}
     bad = collections.Counter()
     order = [(split, job) for split, members in jobs.items() for job in members]
@@ -168,6 +169,7 @@ def _write_shards(
                 reasons[re.sub(r"\d+", "N", one["reason"])] += 1  # else every size would be one of its own
                 bad[split] += not one["missing"]
             changed.update(result["changed"])
+            names.update(result["box_names"])
             results[split].append({key: result[key] for key in ("file", "records", "bytes", "sha256")})
             if bad[split] > max_bad * listed[split]:
                 file.flush()
@@ -179,6 +181,7 @@ def _write_shards(
         results,
         {"count": reasons.total(), "reasons": dict(reasons.most_common())},
         dict(changed.most_common()),
+        dict(sorted(names.items())),
     )
 
 

@@ -62,8 +62,8 @@ def write_shard(job: Job) -> dict:
     """Writes one shard, or finds it finished; returns what the manifest needs of it.
 
     Returns:
-        file, records, bytes, sha256; dropped [{file, reason, missing}]; changed {phrase: count}. The index
-        columns lie beside the shard, in NAME.columns.npz.
+        file, records, bytes, sha256; dropped [{file, reason, missing}]; changed {phrase: count}; box_names {name:
+        count}. The index columns lie beside the shard, in NAME.columns.npz.
 
     Raises:
         UserError: an example cannot be used and `job.strict`.
@@ -78,7 +78,8 @@ def write_shard(job: Job) -> dict:
         result = json.loads(note.read_bytes())
         # One with dropped pictures is written again: they may have been repaired.
         bad = any(not one["missing"] for one in result["dropped"])
-        if result["entries"] == entries and not bad and digest(path) == result["sha256"]:
+        same = result["entries"] == entries and "box_names" in result
+        if same and not bad and digest(path) == result["sha256"]:
             return result
     temporary = path.with_name(f"{job.name}.{os.getpid()}.tmp")
     try:
@@ -91,7 +92,7 @@ def write_shard(job: Job) -> dict:
 
 
 def _write(job: Job, lines: list[bytes], path: Path, columns: Path) -> dict:
-    dropped, changed = [], collections.Counter()
+    dropped, changed, names = [], collections.Counter(), collections.Counter()
     index: dict[str, list[int]] = {name: [] for name in COLUMNS}
     with _record_writer(path) as append:
         for line in lines:
@@ -104,6 +105,7 @@ def _write(job: Job, lines: list[bytes], path: Path, columns: Path) -> dict:
                 dropped.append(dataclasses.asdict(example))
                 continue
             append(record.encode(example))
+            names.update(example.get("box_names", ()))
             example["captions"] = len(example.get("captions", ()))
             for name, values in index.items():
                 values.append(example[name])
@@ -119,6 +121,7 @@ def _write(job: Job, lines: list[bytes], path: Path, columns: Path) -> dict:
         "sha256": digest(path),
         "dropped": dropped,
         "changed": changed,
+        "box_names": names,
     }
 
 

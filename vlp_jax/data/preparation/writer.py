@@ -181,6 +181,8 @@ def _prepared(order: Order, overwrite: bool) -> dict | None:
         bad, other = [], f"its {MANIFEST} does not read ({type(error).__name__}: {error})"
     else:
         changes = [_change(key, there[key], order.identity[key]) for key in there]
+        if "box_names" not in manifest:
+            changes.append(f"its {MANIFEST} does not list the names of boxes, as one of today does")
         other = "; ".join(filter(None, changes))
         if not bad and not other:
             return manifest
