@@ -30,7 +30,7 @@ from benchmarks import measure, results
 from benchmarks.input import Watch
 from benchmarks.measure import Load, Timing
 from vlp_jax import cli, systems
-from vlp_jax.convert import command, engine, importing
+from vlp_jax.convert import command, importing, writing
 from vlp_jax.convert.sources import safetensors_file
 from vlp_jax.convert.tables import vilt
 from vlp_jax.training.paths import nest
@@ -289,7 +289,7 @@ class Drawn(Mapping):
     def __init__(self, wanted: ConfigDict) -> None:
         self._shapes = importing.shapes(wanted)
         absent = "|".join(vilt.ORIGINAL.fresh)
-        rows = engine.written_names(vilt.ORIGINAL, self._shapes, drop=absent)
+        rows = writing.written_names(vilt.ORIGINAL, self._shapes, drop=absent)
         self._rows = {name: (row, layer) for name, row, layer in rows}
         self._numbers = np.random.default_rng(0).normal(0.0, 0.02, DRAWN).astype(np.float32)
 

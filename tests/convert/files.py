@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tests.examples import vilt_config
-from vlp_jax.convert import engine, importing
+from vlp_jax.convert import importing, writing
 from vlp_jax.convert.sources import Tensor, safetensors_file
 from vlp_jax.convert.tables import vilt
 
@@ -35,8 +35,8 @@ def parameters(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
 def tensors(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Parameters in the names of the original ViLT."""
     shapes = {path: array.shape for path, array in params.items()}
-    rows = engine.written_names(vilt.ORIGINAL, shapes)
-    return {name: engine.written(row, layer, params) for name, row, layer in rows}
+    rows = writing.written_names(vilt.ORIGINAL, shapes)
+    return {name: writing.written(row, layer, params) for name, row, layer in rows}
 
 
 def original(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.convert.files import Memory, config_of, parameters, tensors
-from vlp_jax.convert import engine, importing
+from vlp_jax.convert import engine, importing, writing
 from vlp_jax.convert.tables import Row, Table, bert, vilt, vit
 from vlp_jax.types import UserError
 
@@ -124,12 +124,12 @@ def test_one_file_does_not_excuse_what_another_lacks(config, params):
     body = {path: x for path, x in params.items() if path in shapes and path != "fusion/modality"}
     shapes.pop("fusion/modality")
     timm = {
-        n: engine.written(row, layer, body) for n, row, layer in engine.written_names(vit.TABLES[0], shapes)
+        n: writing.written(row, layer, body) for n, row, layer in writing.written_names(vit.TABLES[0], shapes)
     }
     words = {path: x for path, x in params.items() if path.startswith(("text_embed", "heads/mlm"))}
     table = dataclasses.replace(bert.TABLES[1], copies=())
-    rows = engine.written_names(table, {path: x.shape for path, x in words.items()})
-    text = {name: engine.written(row, layer, words) for name, row, layer in rows}
+    rows = writing.written_names(table, {path: x.shape for path, x in words.items()})
+    text = {name: writing.written(row, layer, words) for name, row, layer in rows}
     text["bert.encoder.layer.0.attention.self.query.weight"] = np.zeros((48, 48), np.float32)
     plan = checked(config, Memory(timm, "vit"), Memory(text, "bert"))
     assert {path.split("/")[1] for path in plan.fresh if path.startswith("heads/")} == {"pooler", "itm"}
@@ -164,8 +164,8 @@ def test_an_unknown_layout_lists_the_known_ones():
 def test_what_has_no_place_in_a_layout_is_named(config, params):
     shapes = {path: x.shape for path, x in params.items()} | {"heads/tag/dense/bias": (5,)}
     with pytest.raises(UserError, match=r"no place    heads/tag/dense/bias \[5\]"):
-        engine.written_names(vilt.ORIGINAL, shapes)
-    names = [name for name, _, _ in engine.written_names(vilt.ORIGINAL, shapes, drop="^heads/(tag|itm)/")]
+        writing.written_names(vilt.ORIGINAL, shapes)
+    names = [name for name, _, _ in writing.written_names(vilt.ORIGINAL, shapes, drop="^heads/(tag|itm)/")]
     assert not any(name.startswith("itm_score") for name in names)
 
 

@@ -16,14 +16,14 @@ import pytest
 
 from vlp_jax import cli
 from vlp_jax.convert import importing
-from vlp_jax.convert.proof import comparison
+from vlp_jax.convert.proof import comparison, lines
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 models = importlib.import_module("tests.convert.models")
 kinds = importlib.import_module("tests.convert.kinds")
 port = importlib.import_module("tests.parity.vilt_transformers")
-ODD, OTHER, BOUND = models.ODD, models.OTHER, comparison.BOUND
+ODD, OTHER, BOUND = models.ODD, models.OTHER, lines.BOUND
 STACK = "fusion/stack/layers"
 # One of each family of names; the others, which differ in container, heads or age, take minutes.
 QUICK = (

@@ -36,6 +36,18 @@ CASES = {
         (10**4, 10**4, 3, HUGE),
         [(48, 6), (4, 4, 1, 6), (1, 1, 12, 6), (4, 2, 3, 6), (6, 3, 4, 4)],
     ),
+    "KERNEL": (
+        (WIDTH, HIDDEN, 3, 5),
+        [(3, 5, HIDDEN, WIDTH)],
+        (HUGE, HUGE, 10**3, 10**3),
+        [(6, 5), (6, 5, 3), (1, 6, 5, 3, 3)],
+    ),
+    "POINT": (
+        (WIDTH, HIDDEN, 1, 1),
+        [(HIDDEN, WIDTH)],
+        (HUGE, HUGE, 1, 1),
+        [(6, 5), (6, 5, 3, 3), (6, 5, 1, 2), (6, 5, 1)],
+    ),
     "HEADS_IN": (
         (WIDTH, HEADS, HEAD),
         [(WIDTH, HEADS * HEAD)],

@@ -10,7 +10,7 @@ import pytest
 
 from tests.convert.files import config_of, parameters, tensors
 from vlp_jax import cli
-from vlp_jax.convert import engine, settings, tables
+from vlp_jax.convert import engine, settings, tables, writing
 from vlp_jax.convert.sources import open_source, safetensors_file
 from vlp_jax.convert.tables import vilt
 from vlp_jax.types import UserError
@@ -100,8 +100,8 @@ def test_another_model_s_names_are_not_taken_for_ours(tmp_path):
     config = config_of()
     params = {path: x for path, x in parameters(config).items() if path.startswith("text_embed")}
     table = tables.get("vilt").bert.TABLES[0]
-    rows = engine.written_names(table, {path: x.shape for path, x in params.items()})
-    content = {name: engine.written(row, layer, params) for name, row, layer in rows}
+    rows = writing.written_names(table, {path: x.shape for path, x in params.items()})
+    content = {name: writing.written(row, layer, params) for name, row, layer in rows}
     content["bert.encoder.layer.0.attention.self.query.weight"] = np.zeros((48, 48), np.float32)
     safetensors_file.write(tmp_path / "model.safetensors", content)
     (tmp_path / "config.json").write_text('{"model_type": "electra"}')
@@ -112,4 +112,4 @@ def test_another_model_s_names_are_not_taken_for_ours(tmp_path):
 def test_a_table_is_found_by_the_name_of_its_file(tmp_path, monkeypatch):
     (tmp_path / "another.py").write_text("CONFIG = 'another'\nTABLES = ()\n")
     monkeypatch.setattr(tables, "__path__", [*tables.__path__, str(tmp_path)])
-    assert tables.names() == ["another", "vilt"] and tables.get("another").CONFIG == "another"
+    assert tables.names() == ["another", "detr", "vilt"] and tables.get("another").CONFIG == "another"

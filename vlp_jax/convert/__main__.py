@@ -14,7 +14,7 @@ from absl import flags as absl_flags
 from vlp_jax import cli
 
 TEXTS = {
-    "system": "vilt, ...",
+    "system": "vilt, detr",
     "target": "folder to make",
     "format": "export: hf (a folder for transformers) or original (the authors' names); empty: import",
     "as": "export to hf: the class, e.g. ViltForMaskedLM; empty: by the heads that are there",

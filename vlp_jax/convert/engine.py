@@ -18,10 +18,9 @@ import numpy as np
 
 from vlp_jax.convert.ops import Shape
 from vlp_jax.convert.sources import Source
-from vlp_jax.convert.tables import Row, Table
+from vlp_jax.convert.tables import LAYER, Row, Table
 from vlp_jax.types import UserError
 
-LAYER = "{layer}"
 STRIPE = 64  # numbers of a row that are copied at a time
 SHOWN = 40  # lines of a report in an error
 WRAPPERS = (
@@ -164,13 +163,21 @@ def recognise(source: Source, tables: Sequence[Table]) -> Table:
         ):
             fitting.append((sum(_belongs(table, name) for name in names), table))
     if fitting:
-        return max(fitting, key=lambda entry: entry[0])[1]
+        table = max(fitting, key=lambda entry: entry[0])[1]
+        _check_fit(source, table)
+        return table
     shown = ", ".join(list(source.tensors)[:4]) or "no tensor at all"
     possible = "\n".join(f"  {table.name}: {' and '.join(table.marks)}" for table in tables)
     raise UserError(
         f"{source.path} ({source.container}, {len(source.tensors)} tensors: {shown}, ...) has none of the layouts "
         f"that are known, each told by its names:\n{possible}\nGive a file of one of them."
     )
+
+
+def _check_fit(source: Source, table: Table) -> None:
+    shapes = {name: source.tensors[original].shape for name, original in _names(source, table).items()}
+    if why := table.unfit(shapes):
+        raise UserError(f"{source.path} (read as: {table.name}): {why}")
 
 
 def match(source: Source, table: Table) -> Reading:
@@ -293,44 +300,6 @@ def _not_wanted(
     return unused, faults
 
 
-def written_names(
-    table: Table, shapes: Mapping[str, Shape], drop: str = r"(?!)"
-) -> list[tuple[str, Row, int | None]]:
-    """The way back: (name in the file, row, layer) of each tensor that a table writes for our parameters.
-
-    Args:
-        table: how the file names things.
-        shapes: of our parameters by path.
-        drop: regular expression on our paths that are left away.
-
-    Raises:
-        UserError: a parameter has no place in this layout, or the layout lacks one of ours; one sorted report.
-    """
-    kept = {path: shape for path, shape in shapes.items() if not re.search(drop, path)}
-    result, covered, faults = [], set(), []
-    for row in table.rows:
-        there = [path for path in row.targets if path in kept]
-        if not there:
-            continue
-        if len(there) < len(row.targets):
-            lacking = ", ".join(set(row.targets) - set(there))
-            faults.append(f"missing     {lacking}: {row.sources[0]} is made of it too")
-            continue
-        covered |= set(there)
-        layers = range(kept[there[0]][0]) if LAYER in row.sources[0] else (None,)
-        result += [(row.sources[0].replace(LAYER, str(layer)), row, layer) for layer in layers]
-    faults += [f"no place    {path} {list(kept[path])}" for path in kept.keys() - covered]
-    if faults:
-        raise UserError(f"{table.name} cannot hold these parameters:\n" + "\n".join(sorted(faults)[:SHOWN]))
-    return result
-
-
-def written(row: Row, layer: int | None, params: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The tensor of a file that a row makes of our parameters."""
-    parts = [params[path] if layer is None else params[path][layer] for path in row.targets]
-    return np.ascontiguousarray(row.op.inverse(parts, None))
-
-
 def unwrapped(source: Source) -> dict[str, str]:
     """Name without the prefix that a wrapper has put before all of them -> name in the file."""
     names = source.tensors
@@ -359,7 +328,9 @@ def _places(table: Table, name: str) -> Any:
     for number, row in enumerate(table.rows):
         for other, template in enumerate(row.sources):
             if match := _pattern(template).fullmatch(name):
-                yield number, int(match[1]) if match.groups() else None, other
+                layer = int(match[1]) - row.first if match.groups() else None
+                if layer is None or layer >= 0:
+                    yield number, layer, other
 
 
 @functools.cache
@@ -399,12 +370,15 @@ def _piece(
 def _uneven(source: Source, pieces: Sequence[Piece]) -> list[str]:
     """What is wrong with stacks: layers that are missing, or unlike the first."""
     faults = []
-    rows = {id(piece.row): piece.row for piece in pieces if piece.layer is not None}
-    depth = 1 + max((piece.layer for piece in pieces if piece.layer is not None), default=-1)
+    rows, depths = {}, {}
+    for piece in pieces:
+        if piece.layer is not None:
+            rows[id(piece.row)] = piece.row
+            depths[piece.row.stack] = max(depths.get(piece.row.stack, 0), piece.layer + 1)
     for key, row in rows.items():
         layers = {piece.layer: piece for piece in pieces if id(piece.row) == key}
-        for layer in sorted(set(range(depth)) - layers.keys())[:3]:
-            faults.append(f"missing     {row.sources[0].replace(LAYER, str(layer))}: other layers have it")
+        for layer in sorted(set(range(depths[row.stack])) - layers.keys())[:3]:
+            faults.append(f"missing     {row.name(layer)}: other layers have it")
         first = min(layers)
         for piece in layers.values():
             if piece.shapes != layers[first].shapes:
@@ -412,7 +386,9 @@ def _uneven(source: Source, pieces: Sequence[Piece]) -> list[str]:
                     source.tensors[piece.names[0]].shape,
                     source.tensors[layers[first].names[0]].shape,
                 )
-                faults.append(f"mis-shaped  {piece.names[0]} {list(here)}: layer {first} has {list(there)}")
+                faults.append(
+                    f"mis-shaped  {piece.names[0]} {list(here)}: layer {row.first + first} has {list(there)}"
+                )
     return faults
 
 

@@ -8,13 +8,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlp_jax.convert import engine, hub, labels, settings, tables
+from vlp_jax.convert import labels, settings, tables, writing
 from vlp_jax.convert.sources import safetensors_file
-from vlp_jax.convert.tables import Row, Table
+from vlp_jax.convert.tables import Classes, Row, Table
 from vlp_jax.data.text import Vocabulary
 from vlp_jax.training import checkpoint
 from vlp_jax.training.paths import flatten
@@ -22,7 +23,6 @@ from vlp_jax.types import UserError, closest
 
 WEIGHTS = "model.safetensors"
 FORMATS = ("hf", "original")
-EPSILONS = ("text_embed", "fusion", "heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Export:
     tensors: Mapping[str, np.ndarray]  # by the name in the file, made when asked for
     files: Mapping[str, bytes]  # beside the weights
     notes: Sequence[str]
+    owned: Sequence[str]  # config keys that only our import reads from the files
 
 
 class Tensors(Mapping):
@@ -58,7 +59,7 @@ class Tensors(Mapping):
         self._rows, self._params = rows, params
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return engine.written(*self._rows[name], self._params)
+        return writing.written(*self._rows[name], self._params)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -85,15 +86,15 @@ def plan(source: str, wishes: Wishes) -> Export:
     config = ConfigDict(meta["config"])
     if config.system != wishes.system:
         raise UserError(f"{path} is a checkpoint of {config.system}. Give --system={config.system}.")
-    names = _labels(wishes, assets, config)
+    names = _labels(wishes, assets, config, known.CLASSES)
     vocabulary = _vocabulary(wishes, assets, config)
     fitting = [table for table in known.TABLES if table.format == wishes.format]
     if wishes.format == "hf":
-        name = hub.choose(config.model.heads, wishes.class_name, wishes.drop)
-        drop = [head for head in _heads(config) if head not in hub.needed(name)]
+        name = known.HUB.choose(config.model.heads, wishes.class_name, wishes.drop)
+        drop = [head for head in _heads(config, known) if head not in known.HUB.needed(name)]
     else:
         name, drop = "", [head.removesuffix("_head") for head in wishes.drop]
-        _check_heads(_heads(config), drop)
+        _check_heads(_heads(config, known), drop)
     kept = ConfigDict(config.to_dict())
     for head in drop:
         kept.model.heads[head] = type(kept.model.heads[head])()
@@ -105,15 +106,15 @@ def plan(source: str, wishes: Wishes) -> Export:
     prefix = table.prefix if name == "ViltModel" else ""
     tensors = Tensors({key.removeprefix(prefix): (row, layer) for key, row, layer in rows}, params)
     if wishes.format == "hf":
-        folder = hub.files(kept, name, names, vocabulary)
+        folder = known.HUB.files(kept, name, names, vocabulary)
         files, notes = folder.files, folder.notes
         if vocabulary and vocabulary.suffix == ".model":
             # transformers reads tokenizer.json, our import the vocabulary itself.
             files = {**files, "vocabulary.model": vocabulary.read_bytes()}
     else:
-        files, notes = _beside(kept, names, vocabulary), _notes(kept, table)
-    files = _with_epsilons(files, kept)
-    return Export(path, kept, table, name, params, tensors, files, notes)
+        files, notes = _beside(kept, table, names, vocabulary), _notes(kept, table)
+    files = _with_owned(files, kept, known.OWNED)
+    return Export(path, kept, table, name, params, tensors, files, notes, known.OWNED)
 
 
 def write(export: Export, folder: Path) -> Path:
@@ -124,22 +125,22 @@ def write(export: Export, folder: Path) -> Path:
     return folder / WEIGHTS
 
 
-def _with_epsilons(files: Mapping[str, bytes], config: ConfigDict) -> dict[str, bytes]:
+def _with_owned(files: Mapping[str, bytes], config: ConfigDict, owned: Sequence[str]) -> dict[str, bytes]:
     """Adds to config.json what it has one place for, or none; transformers keeps it without reading it."""
     content = json.loads(files["config.json"])
-    own = {f"model.{part}.eps": config.model[part].eps for part in EPSILONS}
-    content[settings.OWN] = own | {"model.text_embed.pad_id": config.model.text_embed.pad_id}
+    content[settings.OWN] = {key: settings.get(config, key) for key in owned}
     return {**files, "config.json": json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"}
 
 
 def one_epsilon(export: Export) -> ConfigDict | None:
     """The config as transformers reads it, with one epsilon for all norms; None where it reads what we have."""
     config = ConfigDict(export.config.to_dict())
-    if not export.class_name or len({config.model[part].eps for part in EPSILONS}) == 1:
+    epsilons = [key for key in export.owned if key.endswith("eps")]
+    only = json.loads(export.files["config.json"]).get("layer_norm_eps")
+    if not export.class_name or only is None or len({settings.get(config, key) for key in epsilons}) == 1:
         return None
-    only = json.loads(export.files["config.json"])["layer_norm_eps"]
-    for part in EPSILONS:
-        config.model[part].eps = only
+    for key in epsilons:
+        settings.put(config, key, only)
     return config
 
 
@@ -151,15 +152,15 @@ def _rows(
     error: UserError | None = None
     for table in fitting:
         try:
-            return table, engine.written_names(table, shapes)
+            return table, writing.written_names(table, shapes)
         except UserError as found:
             error = error or found
     raise error or UserError("This system has no table that can be written in this format.")
 
 
-def _heads(config: ConfigDict) -> list[str]:
-    """The heads that a checkpoint has."""
-    return [name for name, value in config.model.heads.items() if name != "eps" and value]
+def _heads(config: ConfigDict, known: ModuleType) -> list[str]:
+    """The heads that a checkpoint has, of those that it may lack."""
+    return [name for name in known.HUB.HEADS if config.model.heads[name]]
 
 
 def _check_heads(there: Sequence[str], drop: Sequence[str]) -> None:
@@ -171,11 +172,14 @@ def _check_heads(there: Sequence[str], drop: Sequence[str]) -> None:
             )
 
 
-def _labels(wishes: Wishes, assets: Mapping[str, Path], config: ConfigDict) -> list[str] | None:
+def _labels(
+    wishes: Wishes, assets: Mapping[str, Path], config: ConfigDict, named: Sequence[Classes]
+) -> list[str] | None:
+    blank = named[0].blank if named else ()
     if not wishes.labels:
-        return labels.load(assets[labels.ASSET]) if labels.ASSET in assets else None
-    found = labels.load(Path(wishes.labels).expanduser())
-    classes = [config.model.heads[head] for head in labels.HEADS if config.model.heads[head]]
+        return labels.load(assets[labels.ASSET], blank) if labels.ASSET in assets else None
+    found = labels.load(Path(wishes.labels).expanduser(), blank)
+    classes = [count for one in named if (count := settings.get(config, one.key))]
     if len(found) not in classes:
         raise UserError(
             f"--labels={wishes.labels} names {len(found)} classes, but the heads of the checkpoint have "
@@ -186,6 +190,8 @@ def _labels(wishes: Wishes, assets: Mapping[str, Path], config: ConfigDict) -> l
 
 def _vocabulary(wishes: Wishes, assets: Mapping[str, Path], config: ConfigDict) -> Path | None:
     """The vocabulary that the user gave, or the one among the assets."""
+    if wishes.vocab and "text_embed" not in config.model:
+        raise UserError(f"--vocab={wishes.vocab}: a {config.system} reads no text. Leave --vocab away.")
     if wishes.vocab:
         vocabulary, rows = (
             Vocabulary.load(Path(wishes.vocab).expanduser()),
@@ -200,12 +206,16 @@ def _vocabulary(wishes: Wishes, assets: Mapping[str, Path], config: ConfigDict) 
     return next((path for name, path in assets.items() if name.endswith((".txt", ".model"))), None)
 
 
-def _beside(config: ConfigDict, names: Sequence[str] | None, vocabulary: Path | None) -> dict[str, bytes]:
+def _beside(
+    config: ConfigDict, table: Table, names: Sequence[str] | None, vocabulary: Path | None
+) -> dict[str, bytes]:
     """What the weights alone do not say, as files."""
-    activation = next(
-        (theirs for theirs, ours in settings.ACTIVATIONS.items() if ours == config.model.gelu), "gelu"
-    )
-    content = {"num_attention_heads": config.model.fusion.num_heads, "hidden_act": activation}
+    content = {name: settings.get(config, key) for key, name in table.settings.items()}
+    if "hidden_act" in content:
+        ours = content["hidden_act"]
+        content["hidden_act"] = next(
+            (name for name, one in settings.ACTIVATIONS.items() if one == ours), "gelu"
+        )
     files = {"config.json": json.dumps(content, indent=1).encode()}
     if vocabulary:
         files[vocabulary.name] = vocabulary.read_bytes()
@@ -218,9 +228,7 @@ def _notes(config: ConfigDict, table: Table) -> list[str]:
     """Where the code that these names belong to would compute something else."""
     notes = []
     for key, theirs in table.defaults.items():
-        ours = config
-        for name in key.split("."):
-            ours = ours[name]
+        ours = settings.get(config, key)
         if ours != theirs:
             notes.append(f"{key} is {ours} here; {table.name} has {theirs}, and a file does not say it")
     return notes

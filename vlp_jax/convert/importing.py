@@ -21,6 +21,7 @@ from vlp_jax.convert import engine, labels, resizing, settings, sources, tables
 from vlp_jax.convert.engine import Plan
 from vlp_jax.convert.ops import Shape
 from vlp_jax.convert.sources import Source
+from vlp_jax.convert.tables import Classes
 from vlp_jax.data import spec
 from vlp_jax.data.text import Vocabulary
 from vlp_jax.files import digest
@@ -42,6 +43,7 @@ class Import:
     vocabulary: Vocabulary | None
     labels: Sequence[str]  # of the classes in the new model; () = not known
     file_labels: Sequence[str]  # of the classes in the file; () = not known
+    named: Classes | None  # whose outputs the labels name
     resizing: Mapping[str, str]  # our path -> how it takes another shape
     position_resize: str  # method for a position grid
     notes: Sequence[str]
@@ -55,6 +57,7 @@ class Resizer:
     position_resize: str = "bilinear"
     old_labels: Sequence[str] = ()
     new_labels: Sequence[str] = ()
+    more: int = 0  # outputs behind the classes
 
     def __call__(self, path: str, array: np.ndarray, shape: Shape, drawn: np.ndarray) -> np.ndarray:
         """Returns an array of the wanted shape; `drawn` are its initial values."""
@@ -67,7 +70,7 @@ class Resizer:
             return resizing.repeated_rows(array, shape[0])
         if not (self.old_labels and self.new_labels):
             return drawn  # which class is which cannot be known
-        return resizing.answers(array, drawn, self.old_labels, self.new_labels, axis=-1)[0]
+        return resizing.answers(array, drawn, self.old_labels, self.new_labels, -1, self.more)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +121,13 @@ def plan(opened: Sequence[Source], wishes: Wishes) -> Import:
         resizing.grid(np.zeros((1, 1, 1)), (1, 1), wishes.position_resize)  # raises, with the possible ones
     readings = [engine.match(source, engine.recognise(source, known.TABLES)) for source in opened]
     vocabulary = _vocabulary(readings, wishes.vocab)
+    if vocabulary and "text_embed" not in wishes.config.model:
+        raise UserError(f"--vocab={wishes.vocab}: a {wishes.system} reads no text. Leave --vocab away.")
     size = vocabulary.size if vocabulary else 0
     config, found = settings.configure(readings, known, wishes.config, wishes.config_given, size)
     notes: list[str] = []
-    theirs, ours = _labels(readings, config, wishes, notes)
+    named = next((one for one in known.CLASSES if settings.get(config, one.key)), None)
+    theirs, ours = _labels(readings, config, wishes, named, notes)
     limits.check_numbers(config)
     config = systems.get(wishes.system).resolve(config, {})
     if vocabulary and vocabulary.size > config.model.text_embed.vocab_size:
@@ -136,7 +142,7 @@ def plan(opened: Sequence[Source], wishes: Wishes) -> Import:
         extra = {path: (given[path], checked.wanted[path]) for path in paths if path in given}
         checked = dataclasses.replace(checked, resized={**checked.resized, **extra})
     resolved = Import(
-        config, found, checked, vocabulary, ours, theirs, known.RESIZE, wishes.position_resize, ()
+        config, found, checked, vocabulary, ours, theirs, named, known.RESIZE, wishes.position_resize, ()
     )
     return dataclasses.replace(resolved, notes=notes + _notes(resolved))
 
@@ -162,7 +168,11 @@ def fill(conversion: Import) -> dict[str, np.ndarray]:
 
     drawn = jax.tree.map(np.asarray, shard.selected(make, choose)) if needed else {}
     resize = Resizer(
-        conversion.resizing, conversion.position_resize, conversion.file_labels, conversion.labels
+        conversion.resizing,
+        conversion.position_resize,
+        conversion.file_labels,
+        conversion.labels,
+        conversion.named.more if conversion.named else 0,
     )
     filled = conversion.plan.fill(drawn, resize)
     return filled | {path: drawn[path] for path in conversion.plan.fresh}
@@ -192,6 +202,8 @@ def write(
         facts = {"vocab_size": conversion.vocabulary.size, "vocabulary_sha256": digest(path)}
     if conversion.labels:
         assets[labels.ASSET] = json.dumps(list(conversion.labels), ensure_ascii=False, indent=0)
+        if conversion.named.facts:
+            facts |= {"categories": list(conversion.labels), "classes": len(conversion.labels)}
     files = [
         {
             "file": file.name,
@@ -241,50 +253,63 @@ def _vocabulary(readings: Sequence[engine.Reading], given: str) -> Vocabulary | 
 
 
 def _labels(
-    readings: Sequence[engine.Reading], config: ConfigDict, wishes: Wishes, notes: list[str]
+    readings: Sequence[engine.Reading],
+    config: ConfigDict,
+    wishes: Wishes,
+    named: Classes | None,
+    notes: list[str],
 ) -> tuple[list[str], list[str]]:
     """(labels of the file's classes, labels of the new model's classes); sets the number of classes that follows."""
-    heads = config.model.heads
-    named = next((name for name in labels.HEADS if heads[name]), "")
     theirs = _file_labels(readings, named, notes) if named else []
+    classes = settings.get(config, named.key) if named else 0
     if not wishes.labels:
-        return theirs, theirs if theirs and len(theirs) == heads[named] else []
-    ours = labels.load(Path(wishes.labels).expanduser())
+        ours = theirs or (list(named.unsaid(classes)) if named else [])
+        return theirs, ours if len(ours) == classes else []
+    ours = labels.load(Path(wishes.labels).expanduser(), named.blank if named else ())
+    known = tables.get(wishes.system)
     if not named:
         raise UserError(
             f"--labels={wishes.labels} names {len(ours)} classes, but the model has no head with classes. Leave --labels "
-            f"away, or give a config with one (config.model.heads.{', '.join(labels.HEADS)})."
+            f"away, or give a config with one (config.model.heads.{', '.join(one.name for one in known.CLASSES)})."
         )
-    if named != "answer" and theirs and list(ours) != theirs and set(ours) & set(theirs):
+    resizable = any(end in known.RESIZE for end in named.ends)
+    if not resizable and theirs and list(ours) != theirs and set(ours) & set(theirs):
         raise UserError(
             f"--labels={wishes.labels} has other classes than the file, or in another order: {', '.join(ours[:5])} and "
-            f"{', '.join(theirs[:5])}. Of the head {named} they cannot be changed. Leave --labels away."
+            f"{', '.join(theirs[:5])}. Of the head {named.name} they cannot be changed. Leave --labels away."
         )
-    if len(ours) != heads[named]:
-        if wishes.config_given or named != "answer":
+    if len(ours) != classes:
+        if wishes.config_given or not resizable:
             raise UserError(
-                f"--labels={wishes.labels} names {len(ours)} classes, but the head {named} has {heads[named]}. Give as "
+                f"--labels={wishes.labels} names {len(ours)} classes, but the head {named.name} has {classes}. Give as "
                 "many labels as there are classes."
             )
-        heads[named] = len(ours)
+        settings.put(config, named.key, len(ours))
     return theirs, ours
 
 
-def _file_labels(readings: Sequence[engine.Reading], named: str, notes: list[str]) -> list[str]:
+def _file_labels(readings: Sequence[engine.Reading], named: Classes, notes: list[str]) -> list[str]:
     """What stands beside a file names its classes with; what cannot be their names is noted and not taken."""
     for reading in readings:
-        ends = (f"heads/{named}/out/bias", f"heads/{named}/dense/bias")
-        classes = next((reading.shapes[path][-1] for path in ends if path in reading.shapes), 0)
+        classes = named.count(reading.shapes)
         file, content = settings.json_beside(reading.source.path)
         if beside := file.with_name(labels.ASSET) if file.with_name(labels.ASSET).is_file() else None:
             file = beside
-        found = labels.load(beside) if beside else labels.of_config(content, file) if classes else []
-        if len(found) == classes == len(set(found)):
+        if beside:
+            found = labels.load(beside, named.blank)
+        else:
+            found = labels.of_config(content, file, named.blank) if classes else []
+        if len(found) == classes and labels.distinct(found):
             return found
         if found and classes:
             notes.append(
                 f"{file}: its {len(set(found))} different labels are not taken for the {classes} classes"
             )
+        if unsaid := list(named.unsaid(classes)):
+            notes.append(
+                f"{reading.source.path} does not name its {classes} classes: they are called as in the original's data"
+            )
+            return unsaid
     return []
 
 
@@ -297,11 +322,14 @@ def _notes(conversion: Import) -> list[str]:
     ]
     answers = [path for path in conversion.plan.resized if conversion.resizing[path] == "answers"]
     if answers:
-        kept = len(set(conversion.labels) & set(conversion.file_labels))
+        kept = len((set(conversion.labels) & set(conversion.file_labels)) - {""})
+        classes = settings.get(conversion.config, conversion.named.key)
         why = "" if conversion.file_labels else ": the file does not name its classes"
         notes.append(
-            f"answers: {kept} of {conversion.config.model.heads.answer} are taken over by their label, the others start fresh{why}"
+            f"answers: {kept} of {classes} are taken over by their label, the others start fresh{why}"
         )
+    if "text_embed" not in conversion.config.model:
+        return notes
     if not conversion.vocabulary:
         notes.append(
             "no vocabulary: give --vocab=vocab.txt, so that texts can be read with this checkpoint alone"

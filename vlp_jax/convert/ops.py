@@ -100,6 +100,15 @@ FLAT_CONVOLUTION = _reshape(
     lambda x: _flat_kernel(x),
     lambda y, shape: _square_kernel(y),
 )
+KERNEL = _reshape(
+    "[out, in, height, width] -> [height, width, in, out]",
+    4,
+    lambda x: x.transpose(2, 3, 1, 0),
+    lambda y, shape: y.transpose(3, 2, 0, 1),
+)
+POINT = _reshape(
+    "[out, in, 1, 1] -> [in, out]", 4, lambda x: _point(x).T, lambda y, shape: y.T[:, :, None, None]
+)
 HEADS_IN = _reshape("[in, head, k] -> [in, head k]", 3, lambda x: x.reshape(len(x), -1), _in_file)
 HEADS_BIAS = _reshape("[head, k] -> [head k]", 2, lambda x: x.reshape(-1), _in_file)
 HEADS_OUT = _reshape("[head, k, out] -> [head k, out]", 3, lambda x: x.reshape(-1, x.shape[-1]), _in_file)
@@ -119,6 +128,13 @@ def _single(x: np.ndarray) -> np.ndarray:
     if x.shape[:2] != (1, 1):
         raise ValueError(f"it has {x.shape[0]} x {x.shape[1]} rows, not one")
     return x[0, 0]
+
+
+def _point(x: np.ndarray) -> np.ndarray:
+    """[out, in, 1, 1] -> [out, in]."""
+    if x.shape[2:] != (1, 1):
+        raise ValueError(f"it looks at {x.shape[2]} x {x.shape[3]} places, not one")
+    return x[:, :, 0, 0]
 
 
 def _flat_kernel(x: np.ndarray) -> np.ndarray:

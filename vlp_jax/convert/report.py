@@ -15,7 +15,7 @@ import numpy as np
 
 from vlp_jax.convert.exporting import Export
 from vlp_jax.convert.importing import Import
-from vlp_jax.convert.proof.comparison import BOUND, Proof
+from vlp_jax.convert.proof.lines import BOUND, Line, Proof
 from vlp_jax.files import save
 from vlp_jax.types import UserError
 
@@ -96,7 +96,7 @@ def proof_tables(proof: Proof) -> list[Table]:
             one.part,
             f"{one.distance:.2e}",
             f"{one.largest:.3g}",
-            "equal" if one.good else "DIFFERENT",
+            _verdict(one),
             one.source,
         )
         for one in proof.lines
@@ -106,6 +106,12 @@ def proof_tables(proof: Proof) -> list[Table]:
     if len({one.source for one in proof.lines}) == 1:
         rows = [row[:-1] for row in rows]
     return [("proof", rows), ("not compared", sorted(proof.left_out.items()))]
+
+
+def _verdict(line: Line) -> str:
+    if not line.good:
+        return "DIFFERENT"
+    return "equal" if line.bound == BOUND else f"equal (within {line.bound:g})"
 
 
 def text(tables: Sequence[Table]) -> str:

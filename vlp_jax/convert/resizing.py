@@ -123,9 +123,14 @@ def repeated_rows(table: np.ndarray, count: int) -> np.ndarray:
 
 
 def answers(
-    table: np.ndarray, drawn: np.ndarray, old_labels: Sequence[str], new_labels: Sequence[str], axis: int
+    table: np.ndarray,
+    drawn: np.ndarray,
+    old_labels: Sequence[str],
+    new_labels: Sequence[str],
+    axis: int,
+    more: int = 0,
 ) -> tuple[np.ndarray, int]:
-    """Carries the classes of an answer head over to another list of answers, by label.
+    """Carries the classes of an answer head over to another list of answers, by label; "" is nobody's label.
 
     Args:
         table: weights or biases from a file, classes of `old_labels` along `axis`.
@@ -133,6 +138,7 @@ def answers(
         old_labels: the answers that the file was trained with, in order.
         new_labels: the answers wanted, in order.
         axis: of the classes.
+        more: outputs behind the classes that both have ("no object"): they stay the last.
 
     Returns:
         float32 of the shape of `drawn`: an answer that both lists have keeps its weights, the others are drawn; and how
@@ -143,16 +149,18 @@ def answers(
         ValueError: the arrays differ in more than `axis`.
     """
     for kind, labels, array in (("old", old_labels, table), ("new", new_labels, drawn)):
-        _check_labels(kind, labels, array.shape[axis])
+        _check_labels(kind, labels, array.shape[axis] - more)
     result = np.moveaxis(np.array(drawn, np.float32), axis, 0)
     source = np.moveaxis(table, axis, 0)
     if source.shape[1:] != result.shape[1:]:
         raise ValueError(f"{list(table.shape)} and {list(drawn.shape)} differ in more than axis {axis}")
-    place = {label: index for index, label in enumerate(old_labels)}
+    place = {label: index for index, label in enumerate(old_labels) if label}
     pairs = [(new, place[label]) for new, label in enumerate(new_labels) if label in place]
     if pairs:
         new, old = map(list, zip(*pairs, strict=True))
         result[new] = source[old]
+    if more:
+        result[-more:] = source[-more:]
     return np.ascontiguousarray(np.moveaxis(result, 0, axis)), len(pairs)
 
 
@@ -162,9 +170,10 @@ def _check_labels(kind: str, labels: Sequence[str], classes: int) -> None:
             f"The list of {kind} answers has {len(labels)} labels, but the head has {classes} classes. Give the list "
             "that belongs to these weights, one label a class, in their order."
         )
-    if len(set(labels)) < len(labels):
+    named = [label for label in labels if label]
+    if len(set(named)) < len(named):
         seen: set[str] = set()
-        twice = next(label for label in labels if label in seen or seen.add(label))
+        twice = next(label for label in named if label in seen or seen.add(label))
         raise UserError(
             f"The list of {kind} answers has {twice!r} twice, but each of its {len(labels)} labels must name one class. "
             "Remove or rename one of the two."

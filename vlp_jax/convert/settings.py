@@ -20,10 +20,8 @@ from vlp_jax.convert.ops import HEADS_IN
 from vlp_jax.types import UserError, closest
 
 ACTIVATIONS = {"gelu": "exact", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
-HEAD_WIDTH = 64  # of every released ViT and BERT
 DEFAULT = "default of"
 OWN = "vlp_jax"  # key of what only we read
-OWNED = ("model.text_embed.eps", "model.fusion.eps", "model.heads.eps", "model.text_embed.pad_id")
 TRANSFORM = "image transform"  # shown among the settings, but no config key
 COLORS = ("image_mean", "image_std")
 LARGEST = 10 << 20  # bytes of a config.json
@@ -59,33 +57,32 @@ def configure(
         sizes = {**tables.SIZES, **(tables.WHOLE if reading.table.complete else {})}
         for key, size in sizes.items():
             value = size(reading.shapes)
-            if value is None or (given and (key in tables.FROM_DATA or _get(config, key) != -1)):
+            if value is None or (given and (key in tables.FROM_DATA or get(config, key) != -1)):
                 continue
             _note(found, Setting(key, value, f"shapes in {reading.source.path}"))
         _check_stated(reading, {**tables.SIZES, **tables.WHOLE}, tables.STATED)
-        for setting in beside(reading) + ([] if given else _defaults(reading)):
+        for setting in beside(reading, tables.OWNED) + ([] if given else _defaults(reading)):
             _note(found, setting)
     for setting in found.values():
-        _set(config, setting.key, setting.value)
+        put(config, setting.key, setting.value)
     if not given:
         whole = any(reading.table.complete for reading in readings)
         for key, value in ((key, follow(config, whole)) for key, follow in tables.IMPLIED.items()):
-            if value is not None and value != _get(config, key):
+            if value is not None and value != get(config, key):
                 found[key] = Setting(key, value, "follows from the others")
-                _set(config, key, value)
-        for setting in (setting for reading in readings for setting in transform(reading)):
+                put(config, key, value)
+        for setting in (setting for reading in readings for setting in transform(reading, tables)):
             found[setting.key] = setting
             if setting.key != TRANSFORM:
-                _set(config, setting.key, setting.value)
-    if "model.fusion.num_heads" not in found:
-        setting = _heads(readings, config, given)
-        found[setting.key] = setting
-        _set(config, setting.key, setting.value)
-    key = "model.text_embed.vocab_size"
-    if _get(config, key) == -1:
-        origin = "--vocab" if vocab_size else "bert-base-uncased, which ViLT reads"
-        found[key] = Setting(key, vocab_size or tables.VOCAB_SIZE, origin)
-        _set(config, key, found[key].value)
+                put(config, setting.key, setting.value)
+    for key in tables.HEAD_WIDTHS.keys() - found.keys():
+        found[key] = _heads(key, tables.HEAD_WIDTHS[key], readings, config, given)
+        put(config, key, found[key].value)
+    for key, (value, origin) in tables.UNKNOWN.items():
+        if get(config, key) == -1:
+            by_user = vocab_size if key.endswith("vocab_size") else 0
+            found[key] = Setting(key, by_user or value, "--vocab" if by_user else origin)
+            put(config, key, found[key].value)
     return config, [found[key] for key in sorted(found)]
 
 
@@ -111,8 +108,8 @@ def json_beside(path: Path, name: str = "config.json") -> tuple[Path, dict[str, 
     return file, content
 
 
-def beside(reading: Reading) -> list[Setting]:
-    """What the `config.json` beside a file says of what shapes do not fix.
+def beside(reading: Reading, owned: Sequence[str] = ()) -> list[Setting]:
+    """What the `config.json` beside a file says of what shapes do not fix; `owned` keys under OWN too.
 
     Raises:
         UserError: it is damaged, or says what we do not have.
@@ -124,7 +121,8 @@ def beside(reading: Reading) -> list[Setting]:
             f"{file} says model_type {kind!r}, but by its names {reading.source.path} is read as: {reading.table.name} "
             f"({' or '.join(possible)}). Other models have some of its names too. Give the weights of a {possible[0]}."
         )
-    own = {setting.key: setting for setting in _own(file, content)}
+    _check_fixed(reading, file, content)
+    own = {setting.key: setting for setting in _own(file, content, owned)}
     result = []
     for key, name in reading.table.settings.items():
         if content.get(name) is not None:
@@ -137,30 +135,63 @@ def beside(reading: Reading) -> list[Setting]:
     return [setting for setting in result if setting.key not in own] + list(own.values())
 
 
-def transform(reading: Reading) -> list[Setting]:
-    """How pictures are made ready: the shorter side, and how colors are scaled, by what stands beside the weights.
+def _check_fixed(reading: Reading, file: Path, content: Mapping[str, Any]) -> None:
+    """Compares what a `config.json` says of the network with what we have.
 
-    Ours scales pixels to [-1, 1], as ViLT does with every ViT that it starts from. Another scale is said, not followed.
+    Raises:
+        UserError: it is another network.
+    """
+    for name, value in reading.table.fixed.items():
+        said = _said(content, name)
+        if said is not None and said != value:
+            raise UserError(
+                f"{file}: {name} is {said!r}. Ours has {value!r}: {reading.source.path} belongs to a network that "
+                "cannot be converted, though its names and shapes are the same. Give weights of one that has."
+            )
+
+
+def _said(content: Mapping[str, Any], name: str) -> Any:
+    """The value of a key, nested ones with dots; None if it is not there."""
+    node: Any = content
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def transform(reading: Reading, tables: ModuleType) -> list[Setting]:
+    """How pictures are made ready: their sides, and how colors are scaled, by what stands beside the weights.
+
+    Colors are scaled in one way by a system. Another one is said, not followed.
 
     Raises:
         UserError: `preprocessor_config.json` is damaged.
     """
-    if "patch_embed/position" not in reading.shapes:
+    if tables.SEEN not in reading.shapes:
         return []
+    whose, scale, values = tables.COLORS
     file, content = json_beside(reading.source.path, "preprocessor_config.json")
     size = content.get("size")
-    side = size.get("shortest_edge") if isinstance(size, Mapping) else size
-    found = [Setting(TRANSFORM, "pixels to [-1, 1]", f"{DEFAULT} ViLT")]
-    if type(side) is int and side > 0:
-        found.append(Setting("data.image_size", side, f"size in {file.name}"))
+    size = (
+        size
+        if isinstance(size, Mapping)
+        else {"shortest_edge": size, "longest_edge": content.get("max_size")}
+    )
+    shorter, longer = (
+        side if type(side) is int and side > 0 else 0
+        for side in (size.get("shortest_edge"), size.get("longest_edge"))
+    )
+    found = [Setting(TRANSFORM, scale, f"{DEFAULT} {whose}")]
+    if shorter:
+        sides = tables.sides(shorter, longer)
+        found += [Setting(key, value, f"size in {file.name}") for key, value in sides.items()]
     timm, pretrained = json_beside(reading.source.path)
     pretrained = pretrained.get("pretrained_cfg")
     pretrained = pretrained if isinstance(pretrained, Mapping) else {}
     for origin, keys, said in ((file, COLORS, content), (timm, ("mean", "std"), pretrained)):
-        values = [said.get(key) for key in keys]
-        if None not in values and values != [[0.5] * 3] * 2:
-            told = f"{origin.name} has mean {values[0]} and deviation {values[1]}, which is not followed"
-            found.append(Setting(TRANSFORM, "pixels to [-1, 1]", f"ViLT's; {told}"))
+        theirs = [said.get(key) for key in keys]
+        if None not in theirs and theirs != values:
+            told = f"{origin.name} has mean {theirs[0]} and deviation {theirs[1]}, which is not followed"
+            found.append(Setting(TRANSFORM, scale, f"{whose}'s; {told}"))
     return found
 
 
@@ -172,14 +203,18 @@ def _check_stated(reading: Reading, sizes: Mapping[str, Any], stated: Mapping[st
     """
     file, content = json_beside(reading.source.path)
     for name, key in stated.items():
-        found = sizes[key](reading.shapes)
-        if found is not None and isinstance(content.get(name), int) and content[name] != found:
+        found, said = sizes[key](reading.shapes), _said(content, name)
+        said = tuple(said) if isinstance(said, list) else said
+        if found is not None and isinstance(said, int | tuple) and said != found:
             raise UserError(
-                f"{file} says {name} {content[name]}, but {reading.source.path} has {found}. They do not belong together: "
+                f"{file} says {name} {said}, but {reading.source.path} has {found}. They do not belong together: "
                 "put the right config.json beside the weights, or remove it."
             )
-    side, grid = content.get("image_size"), sizes["model.patch_embed.grid"](reading.shapes)
-    patch = sizes["model.patch_embed.patch_size"](reading.shapes)
+    side = content.get("image_size")
+    grid, patch = (
+        sizes[key](reading.shapes) if key in sizes else None
+        for key in ("model.patch_embed.grid", "model.patch_embed.patch_size")
+    )
     if isinstance(side, list) and grid and patch and side != [grid * patch] * 2:
         raise UserError(
             f"{file} says image_size {side}: a grid of positions that is no square of {grid} x {grid} patches cannot be "
@@ -187,12 +222,12 @@ def _check_stated(reading: Reading, sizes: Mapping[str, Any], stated: Mapping[st
         )
 
 
-def _own(file: Path, content: Mapping[str, Any]) -> list[Setting]:
+def _own(file: Path, content: Mapping[str, Any], owned: Sequence[str]) -> list[Setting]:
     """What an export of ours has added to a `config.json` that has no place for it, or one for three epsilons."""
     own = content.get(OWN)
     if not isinstance(own, Mapping):
         return []
-    given = [key for key in OWNED if key in own]
+    given = [key for key in owned if key in own]
     return [Setting(key, _number(file, key, key, own[key]), f"{OWN} in {file.name}") for key in given]
 
 
@@ -239,32 +274,36 @@ def _note(found: dict[str, Setting], setting: Setting) -> None:
         )
 
 
-def _heads(readings: Sequence[Reading], config: ConfigDict, given: bool) -> Setting:
-    key, width = "model.fusion.num_heads", config.model.width
+def _heads(
+    key: str, head_width: int, readings: Sequence[Reading], config: ConfigDict, given: bool
+) -> Setting:
+    width = config.model.width
     for reading in readings:
         for piece in reading.pieces:
             if piece.row.op is HEADS_IN:
                 count = reading.source.tensors[piece.names[0]].shape[1]
                 return Setting(key, count, f"shapes in {reading.source.path}")
     if given:
-        return Setting(key, config.model.fusion.num_heads, "--config")
-    if width % HEAD_WIDTH:
+        return Setting(key, get(config, key), "--config")
+    if width % head_width:
         raise UserError(
             f"The number of attention heads is not known: no config.json beside the source says it, and a width of "
-            f"{width} is no multiple of {HEAD_WIDTH}, which all released models have a head. Put a config.json with "
-            '{"num_attention_heads": N} beside the source, or give --config=... --config.model.fusion.num_heads=N.'
+            f"{width} is no multiple of {head_width}, which all released models have a head. Put a config.json with "
+            f'{{"num_attention_heads": N}} beside the source, or give --config=... --config.{key}=N.'
         )
-    return Setting(key, width // HEAD_WIDTH, f"{HEAD_WIDTH} units a head, as all released sizes have")
+    return Setting(key, width // head_width, f"{head_width} units a head, as all released sizes have")
 
 
-def _get(config: ConfigDict, key: str) -> Any:
+def get(config: ConfigDict, key: str) -> Any:
+    """The value of a config key with dots."""
     node: Any = config
     for name in key.split("."):
         node = node[name]
     return node
 
 
-def _set(config: ConfigDict, key: str, value: Any) -> None:
+def put(config: ConfigDict, key: str, value: Any) -> None:
+    """Sets the value of a config key with dots."""
     *parents, name = key.split(".")
     node: Any = config
     for parent in parents:

@@ -17,20 +17,16 @@ from ml_collections import ConfigDict
 from vlp_jax.convert import engine, settings, sources, tables
 from vlp_jax.convert.importing import Resizer
 from vlp_jax.convert.sources import Source, Tensor
-from vlp_jax.convert.tables import Row, Table
+from vlp_jax.convert.tables import Classes, Row, Table
 from vlp_jax.training import checkpoint
 from vlp_jax.training.paths import flatten, nest
 from vlp_jax.types import Params, UserError
 
 log = logging.getLogger(__name__)
 
-SHARED = (
-    "model.fusion.num_heads",
-    "model.fusion.eps",
-    "model.text_embed.eps",
-    "model.heads.eps",
-    "model.gelu",
-)
+# What shapes do not show; a system has some of it.
+PARTS = ("fusion", "text_embed", "heads", "encoder", "decoder")
+SHARED = (*(f"model.{part}.{key}" for key in ("num_heads", "eps") for part in PARTS), "model.gelu")
 
 
 class Checkpoint:
@@ -140,7 +136,9 @@ def _compare(reading: engine.Reading, config: ConfigDict) -> None:
     if isinstance(reading.source, Checkpoint):
         theirs: Mapping[str, Any] = {key: _get(reading.source.meta["config"], key) for key in SHARED}
     else:
-        theirs = {setting.key: setting.value for setting in settings.beside(reading)}
+        # The original's number of heads, which its file does not say.
+        theirs = {key: value for key, value in reading.table.defaults.items() if key.endswith("num_heads")}
+        theirs |= {setting.key: setting.value for setting in settings.beside(reading)}
     for key in SHARED:
         ours = _get(config.to_dict(), key)
         if theirs.get(key) is None or theirs[key] == ours:
@@ -179,9 +177,15 @@ def _tell(plan: engine.Plan, system: str) -> None:
             log.info("  %s: %s (%s)", kind, path, why)
     for path, (old, new) in plan.resized.items():
         if tables.get(system).RESIZE[path] == "answers":
-            log.info("  fresh: %s (which of its %d classes are which is not known)", path, old[-1])
+            more = next(one.more for one in tables.get(system).CLASSES if path.startswith(_head(one)))
+            log.info("  fresh: %s (which of its %d classes are which is not known)", path, old[-1] - more)
             continue
         log.info("  resized: %s from %s to %s", path, list(old), list(new))
+
+
+def _head(classes: Classes) -> str:
+    """What the paths of a head begin with: "heads/answer/"."""
+    return "/".join(classes.ends[0].split("/")[:2]) + "/"
 
 
 def _whole(leaf: jax.Array) -> np.ndarray:

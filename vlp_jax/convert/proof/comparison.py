@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,45 +14,17 @@ from ml_collections import ConfigDict
 from vlp_jax import systems
 from vlp_jax.convert.engine import Reading, unwrapped
 from vlp_jax.convert.importing import Import
-from vlp_jax.convert.proof import references
+from vlp_jax.convert.proof import detection, references
 from vlp_jax.convert.proof.blocks import Parts
+from vlp_jax.convert.proof.lines import Proof, line
 from vlp_jax.convert.proof.settings import Settings
 from vlp_jax.convert.settings import json_beside
 from vlp_jax.layers import trace
 from vlp_jax.training.paths import nest
 
-BOUND = 1e-5  # of max(1, the largest value), as DESIGN.md has it
 ROWS, PIECES, MASKED = 2, 40, 2
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 STACK = "fusion/stack/layers"
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One part that both sides have: how far they are apart."""
-
-    source: str
-    part: str
-    distance: float  # largest absolute difference
-    largest: float  # largest absolute value of the reference
-
-    @property
-    def good(self) -> bool:
-        """Whether the distance is within the bound; never where one of the two is no number."""
-        return bool(self.distance <= BOUND * max(1.0, self.largest))
-
-
-@dataclasses.dataclass(frozen=True)
-class Proof:
-    """What was compared, and what was not and why."""
-
-    lines: Sequence[Line]
-    left_out: Mapping[str, str]
-
-    @property
-    def good(self) -> bool:
-        """Whether something was compared and all of it agrees."""
-        return bool(self.lines) and all(line.good for line in self.lines)
 
 
 def hindrance() -> str:
@@ -73,6 +44,8 @@ def prove(conversion: Import, params: Mapping[str, np.ndarray]) -> Proof:
     Raises:
         UserError: a file is damaged.
     """
+    if "grid" in conversion.config.data.inputs:
+        return detection.prove(conversion, params)
     config = _exact(conversion.config)
     kept = conversion.plan.resized.get("text_embed/position", ((PIECES,),))[0][
         0
@@ -93,7 +66,7 @@ def prove(conversion: Import, params: Mapping[str, np.ndarray]) -> Proof:
                 left[f"{part} of {name}"] = reason
             elif part in ours:
                 mask = _mask(batch, found.shape[1], alone) if found.ndim == 3 else slice(None)
-                lines.append(_line(name, part, ours[part][mask], found[mask]))
+                lines.append(line(name, part, ours[part][mask], found[mask]))
     return Proof(lines, left)
 
 
@@ -274,11 +247,3 @@ def _mask(batch: Mapping[str, np.ndarray], tokens: int, alone: bool) -> np.ndarr
     if alone or tokens == picture.shape[1] != text.shape[1]:
         return picture
     return text if tokens == text.shape[1] else np.concatenate([text, picture], 1)
-
-
-def _line(source: str, part: str, ours: np.ndarray, theirs: np.ndarray) -> Line:
-    if ours.shape != theirs.shape:
-        return Line(source, f"{part} {list(ours.shape)} against {list(theirs.shape)}", float("inf"), 0.0)
-    # Infinite values or none at all give a distance that is no number, which is never good.
-    distance = np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)).max()
-    return Line(source, part, float(distance), float(np.abs(theirs).max()))

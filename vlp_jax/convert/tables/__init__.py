@@ -2,7 +2,8 @@
 """How files name what we have: one module a system, found by its name, holding tables and no code of its own.
 
 A system's module has CONFIG (which config a source is read into), TABLES, SIZES (config key -> how arrays fix it),
-HEADS (our paths that may be fresh as a whole), RESIZE (our path -> how it takes another shape).
+HEADS (our paths that may be fresh as a whole), CLASSES (of which heads the classes have names), RESIZE (our path -> how
+it takes another shape), HUB (what stands beside exported weights).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,9 @@ Size = Callable[
 ]  # shapes by our path -> a config value, None where they do not say
 
 
+LAYER = "{layer}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One tensor of a file and what it becomes.
@@ -32,11 +36,13 @@ class Row:
             a file may have any; they must be equal. The first is the one that is written.
         target: our path, or as many as `op` gives arrays. With `{layer}` in `source` our array stacks the layers.
         op: what happens on the way.
+        first: number in the file of the layer that is the first of our stack; lower ones are no layers of this row.
     """
 
     source: str | tuple[str, ...]
     target: str | tuple[str, ...]
     op: Op = SAME
+    first: int = 0
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -47,6 +53,16 @@ class Row:
     def targets(self) -> tuple[str, ...]:
         """The paths, one or several."""
         return (self.target,) if isinstance(self.target, str) else self.target
+
+    @property
+    def stack(self) -> str:
+        """What tells one stack of a file from another: the names before the number."""
+        return self.sources[0].split(LAYER)[0]
+
+    def name(self, layer: int | None) -> str:
+        """The name in a file of a layer of our stack; None where nothing is stacked."""
+        name = self.sources[0]
+        return name if layer is None else name.replace(LAYER, str(self.first + layer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +75,36 @@ class Copy:
     row: Row
     when: str
     because: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """The outputs of a head that have names.
+
+    Attributes:
+        key: config key of their number.
+        ends: our paths whose last axis they are; the first that a file has counts.
+        more: outputs behind them that are no classes: "no object".
+        blank: labels that stand for a number without meaning, kept as ""; () = every number has a meaning.
+        unsaid: number of classes -> their names where no file says them; () = not known.
+        facts: whether names and number are also facts of a run on such data.
+    """
+
+    key: str
+    ends: tuple[str, ...]
+    more: int = 0
+    blank: tuple[str, ...] = ()
+    unsaid: Callable[[int], Sequence[str]] = lambda count: ()
+    facts: bool = False
+
+    @property
+    def name(self) -> str:
+        """As it is called among heads: "answer"."""
+        return self.key.rsplit(".", 1)[-1]
+
+    def count(self, shapes: Mapping[str, Shape]) -> int:
+        """Classes of the head in a file; 0 if it has none."""
+        return max(0, next((shapes[path][-1] for path in self.ends if path in shapes), 0) - self.more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +122,11 @@ class Table:
         prefix: which names in `rows` begin with it and files of the bare body leave it away; "" = none.
         spellings: (regular expression, replacement) applied to the names of a file first.
         settings: config key -> key of the `config.json` beside the file.
+        fixed: key of that `config.json`, nested ones with dots -> the one value that we have, where it is said.
         model_types: what `model_type` in that `config.json` may be, where it is said; () = anything.
         defaults: config key -> what the original has, where no `config.json` says it.
         fits: shapes by the names in `rows` -> whether it is this layout, where names do not tell.
+        unfit: shapes by the names in `rows` -> why a file of this layout is another network than ours; "" = it is not.
         complete: whether it holds a whole system, so that the sizes of all parts follow from it.
     """
 
@@ -92,9 +140,11 @@ class Table:
     prefix: str = ""
     spellings: tuple[tuple[str, str], ...] = ()
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model_types: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fits: Callable[[Mapping[str, Shape]], bool] = lambda shapes: True
+    unfit: Callable[[Mapping[str, Shape]], str] = lambda shapes: ""
     complete: bool = False
 
 
@@ -145,7 +195,7 @@ def names() -> list[str]:
 
 # What a `config.json` that someone has put beside a file without one of its own may say.
 BARE_SETTINGS = {"model.fusion.num_heads": "num_attention_heads", "model.gelu": "hidden_act"}
-PARTS = ("vit", "bert")  # rows that several systems share
+PARTS = ("vit", "bert", "resnet")  # rows that several systems share
 
 
 def get(system: str) -> ModuleType:

@@ -7,9 +7,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from vlp_jax.convert import hub
 from vlp_jax.convert.ops import LINEAR, TOKEN, Shape
 from vlp_jax.convert.tables import (
     BARE_SETTINGS,
+    Classes,
     Copy,
     Row,
     Table,
@@ -25,8 +27,18 @@ from vlp_jax.convert.tables import (
 )
 
 CONFIG = "vilt:variant=b32"
-VOCAB_SIZE = 30522  # of bert-base-uncased, where neither a word table nor --vocab says it
+HUB = hub
+# Config key -> its value where neither an array nor the user says it, and why.
+UNKNOWN = {"model.text_embed.vocab_size": (30522, "bert-base-uncased, which ViLT reads")}
 HEADS = r"heads/(\w+)/"  # may be fresh, or unused, as a whole
+HEAD_WIDTHS = {"model.fusion.num_heads": 64}  # of every released ViT and BERT
+CLASSES = (
+    Classes("model.heads.answer", ("heads/answer/out/bias",)),
+    Classes("model.heads.tag", ("heads/tag/dense/bias",)),
+    Classes("model.heads.pair", ("heads/pair/out/bias",)),
+)
+# What an export writes for our import alone: a ViltConfig has one place for the epsilons.
+OWNED = ("model.text_embed.eps", "model.fusion.eps", "model.heads.eps", "model.text_embed.pad_id")
 
 WORD, STACK = "text_embed/word", "fusion/stack/layers"
 # What arrays say of the config; whatever they do not say stays as the config has it.
@@ -59,6 +71,9 @@ STATED = {
     "vocab_size": "model.text_embed.vocab_size",
     "patch_size": "model.patch_embed.patch_size",
 }
+# A parameter of what has seen pictures; how colors are scaled, by whom.
+SEEN = "patch_embed/position"
+COLORS = "ViLT", "pixels to [-1, 1]", [[0.5] * 3] * 2
 # What a config that the user gave says by its data.
 FROM_DATA = ("model.text_embed.length", "model.patch_embed.patch_size", "model.patch_embed.grid")
 # Config key -> what follows for it from the config found so far, where the user gave none; None leaves it.
@@ -82,6 +97,11 @@ RESIZE = {
     "heads/answer/out/kernel": "answers",
     "heads/answer/out/bias": "answers",
 }
+
+
+def sides(shorter: int, longer: int) -> dict[str, int]:
+    """What follows from the sides of pictures that a `preprocessor_config.json` states; 0 = it does not."""
+    return {"data.image_size": shorter}
 
 
 def known(*factors: int) -> int | None:
