@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from vlp_jax.types import UserError
 
+LABELS = "labels.json"  # among the assets of a checkpoint: a list, the name of class 0 first
+
 
 def save(path: Path, content: bytes | str) -> None:
     """Writes a file (text as UTF-8) as `written` does."""

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from vlp_jax import cli, systems
-from vlp_jax.convert import importing, labels, writing
+from vlp_jax.convert import importing, writing
 from vlp_jax.convert.sources import open_source, safetensors_file
 from vlp_jax.convert.tables import detr
+from vlp_jax.files import LABELS
 from vlp_jax.training import checkpoint
 from vlp_jax.training.paths import nest
 
@@ -80,5 +81,5 @@ def plan(path, config=None, **more):
 def checkpoint_of(folder: Path, config, params) -> Path:
     """Writes a checkpoint of ours with names of its classes."""
     meta = {"config": config.to_dict(), "facts": {}, "step": 0, "metrics": {}, "finite": True}
-    checkpoint.write(folder, nest(params.items()), meta, {labels.ASSET: json.dumps(NAMES)})
+    checkpoint.write(folder, nest(params.items()), meta, {LABELS: json.dumps(NAMES)})
     return folder

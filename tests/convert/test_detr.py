@@ -306,7 +306,7 @@ def test_the_sides_and_colors_of_pictures(net, tmp_path):
     beside = path / "preprocessor_config.json"
     colors = {"image_mean": list(detectors.MEAN), "image_std": list(detectors.DEVIATION)}
     for size, wanted in (
-        ({"shortest_edge": 800, "longest_edge": 1333}, (800, 0, 11, 5)),
+        ({"shortest_edge": 800, "longest_edge": 1333}, (800, 0, 11, 7)),
         ({"shortest_edge": 480, "longest_edge": 640}, (480, 640, 0, 0)),
     ):
         beside.write_text(json.dumps({"size": size, **colors}))

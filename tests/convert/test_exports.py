@@ -13,9 +13,10 @@ import pytest
 
 from tests.convert import files
 from vlp_jax import cli
-from vlp_jax.convert import command, exporting, importing, labels
+from vlp_jax.convert import command, exporting, importing
 from vlp_jax.convert.proof import comparison, lines
 from vlp_jax.convert.sources import open_source
+from vlp_jax.files import LABELS
 from vlp_jax.training import checkpoint
 from vlp_jax.training.paths import nest
 from vlp_jax.types import UserError
@@ -74,7 +75,7 @@ def made(folder, seed=0, names=(), **changes):
     config = files.config_of(**changes)
     params = files.parameters(config, seed)
     meta = {"config": config.to_dict(), "facts": {}, "step": 0, "metrics": {}, "finite": True}
-    assets = {labels.ASSET: json.dumps(names)} if names else {}
+    assets = {LABELS: json.dumps(names)} if names else {}
     checkpoint.write(folder / "ours", nest(params.items()), meta, assets)
     return folder / "ours", config, params
 

@@ -17,6 +17,7 @@ from vlp_jax.convert import labels, settings, tables, writing
 from vlp_jax.convert.sources import safetensors_file
 from vlp_jax.convert.tables import Classes, Row, Table
 from vlp_jax.data.text import Vocabulary
+from vlp_jax.files import LABELS
 from vlp_jax.training import checkpoint
 from vlp_jax.training.paths import flatten
 from vlp_jax.types import UserError, closest
@@ -177,7 +178,7 @@ def _labels(
 ) -> list[str] | None:
     blank = named[0].blank if named else ()
     if not wishes.labels:
-        return labels.load(assets[labels.ASSET], blank) if labels.ASSET in assets else None
+        return labels.load(assets[LABELS], blank) if LABELS in assets else None
     found = labels.load(Path(wishes.labels).expanduser(), blank)
     classes = [count for one in named if (count := settings.get(config, one.key))]
     if len(found) not in classes:
@@ -220,7 +221,7 @@ def _beside(
     if vocabulary:
         files[vocabulary.name] = vocabulary.read_bytes()
     if names:
-        files[labels.ASSET] = json.dumps(list(names), ensure_ascii=False, indent=0).encode()
+        files[LABELS] = json.dumps(list(names), ensure_ascii=False, indent=0).encode()
     return files
 
 

@@ -24,7 +24,7 @@ from vlp_jax.convert.sources import Source
 from vlp_jax.convert.tables import Classes
 from vlp_jax.data import spec
 from vlp_jax.data.text import Vocabulary
-from vlp_jax.files import digest
+from vlp_jax.files import LABELS, digest
 from vlp_jax.parallel import shard
 from vlp_jax.training import checkpoint, limits
 from vlp_jax.training.paths import flatten, nest
@@ -201,7 +201,7 @@ def write(
         assets[path.name] = path.read_bytes()
         facts = {"vocab_size": conversion.vocabulary.size, "vocabulary_sha256": digest(path)}
     if conversion.labels:
-        assets[labels.ASSET] = json.dumps(list(conversion.labels), ensure_ascii=False, indent=0)
+        assets[LABELS] = json.dumps(list(conversion.labels), ensure_ascii=False, indent=0)
         if conversion.named.facts:
             facts |= {"categories": list(conversion.labels), "classes": len(conversion.labels)}
     files = [
@@ -293,7 +293,7 @@ def _file_labels(readings: Sequence[engine.Reading], named: Classes, notes: list
     for reading in readings:
         classes = named.count(reading.shapes)
         file, content = settings.json_beside(reading.source.path)
-        if beside := file.with_name(labels.ASSET) if file.with_name(labels.ASSET).is_file() else None:
+        if beside := file.with_name(LABELS) if file.with_name(LABELS).is_file() else None:
             file = beside
         if beside:
             found = labels.load(beside, named.blank)

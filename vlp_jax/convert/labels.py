@@ -12,7 +12,6 @@ from typing import Any
 
 from vlp_jax.types import UserError
 
-ASSET = "labels.json"  # in a checkpoint: a list, the label of class 0 first
 LARGEST = 64 << 20  # bytes
 
 

@@ -13,10 +13,8 @@ import numpy as np
 from vlp_jax.data import categories
 from vlp_jax.data.source import MANIFEST, parse_spec, read_manifest
 from vlp_jax.data.text import Vocabulary
-from vlp_jax.files import digest
+from vlp_jax.files import LABELS, digest
 from vlp_jax.types import UserError
-
-LABELS = "labels.json"  # in a checkpoint: a list, the name of class 0 first
 
 
 def collect(config: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from vlp_jax.evaluation.runner import fetch, ratio, withhold
+from vlp_jax.files import LABELS
 from vlp_jax.types import Array, Batch, Params
 
 # In the order of COCOeval.stats. AP: mean over IoU 0.50 ... 0.95; sizes: below 32^2, 96^2 pixels of area, above.
@@ -30,7 +31,6 @@ SCORES = (
 )
 # The ids of COCO's 80 classes in their order: 1 ... 90 without ten that were never used.
 COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
-LABELS = "labels.json"  # in a checkpoint: a list of names, that of class 0 first
 FIELDS = ("height", "width", "boxes", "box_names")  # of a record; and where the data have them:
 MORE_FIELDS = ("box_crowd", "box_area")
 SURE = 0.5  # what the report shows: the score of a box, and how far it covers the object of its name (IoU)
