@@ -10,7 +10,8 @@ Makes .environment-tests/ and runs the fast lane, then the default one. PYTEST A
 from the repository's root: bash tests/run.sh tests/data -k order
 
   --fast     the fast lane only: under 5 minutes on two cores
-  --learn    the learning lane only: trains until it has learnt, compiles for a pod; one process, up to an hour
+  --learn    the long lane only: trains until it has learnt, compiles for a pod, runs every benchmark at toy size and
+             sizes and meshes beyond the other lanes'; one process, up to an hour
   --oracle   installs torch and transformers, which some tests compare with, and libtpu, by which some compile (2 GB),
              and fails where such a test skips
 TEXT

@@ -284,7 +284,7 @@ def test_different_configurations_stop_both_and_leave_nothing(scenes_dir, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.learn
 def test_killed_while_waiting():
     for victim, codes in ((1, (75,)), (0, (75, -signal.SIGABRT))):  # process 0 takes JAX's service with it
         bodies = ["processes.meet('never')"] * 2
@@ -294,6 +294,7 @@ def test_killed_while_waiting():
         assert "another" in results[1 - victim][2] or "not been heard of" in results[1 - victim][2]
 
 
+@pytest.mark.slow
 def test_who_waits_in_vain_is_told_where():
     port = free_port()
     with socket.create_server(("", 0)) as server:

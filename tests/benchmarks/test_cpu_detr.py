@@ -31,7 +31,7 @@ def run(*argv):
     return cli.run(cpu_detr.main, cpu_detr.define, usage=cpu_detr.__doc__, argv=argv)
 
 
-@pytest.mark.slow
+@pytest.mark.learn
 def test_a_table_is_printed_and_recorded(capsys):
     assert run("--record") == 0
     shown = capsys.readouterr().out

@@ -56,7 +56,7 @@ def table(shown, heading):
     return {name: [float(number) for number in numbers.split()] for name, numbers in found}
 
 
-@pytest.mark.slow
+@pytest.mark.learn
 def test_pictures_and_scaling_are_measured_and_recorded(capfd):
     assert run("--parts=pictures,scaling", "--pictures=16", "--record") == 0
     shown = capfd.readouterr().out
@@ -76,7 +76,7 @@ def test_pictures_and_scaling_are_measured_and_recorded(capfd):
     assert "16 JPEGs drawn" in recorded and "load 0.10 before" in recorded and recorded.count("| ours |") >= 2
 
 
-@pytest.mark.slow
+@pytest.mark.learn
 def test_first_batch_and_memory_are_measured(capfd):
     assert run("--parts=first,memory", "--pairs=5000", "--batch=8", "--batches=60") == 0
     shown = capfd.readouterr().out

@@ -41,7 +41,7 @@ def rows(text):
     return {name: numbers.replace(",", "").split() for name, numbers in found}
 
 
-@pytest.mark.slow
+@pytest.mark.learn
 def test_cpu_prints_tables_and_records_rows(capsys):
     assert run(cpu_vilt, "--batch=2", "--record") == 0
     shown = capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_cpu_prints_tables_and_records_rows(capsys):
         assert "1 cores" in kept and "load 0.10 before" in kept and "torch 2" in kept
 
 
-@pytest.mark.slow
+@pytest.mark.learn
 def test_gpu_program_runs_at_toy_size(capsys):
     assert run(gpu_vilt, "--batches=2,3", "--steps=2", "--nocompile", "--record") == 0
     shown = capsys.readouterr().out
@@ -139,6 +139,7 @@ def test_a_busy_machine_stops_the_program_at_once(monkeypatch, capsys):
     assert results.RESULTS.read_text(encoding="utf-8") == BEFORE
 
 
+@pytest.mark.slow
 def test_unequal_work_is_no_benchmark():
     config = vilt_batch.make_config("tiny", "float32")
     task = vilt_batch.make_task(config, 2)

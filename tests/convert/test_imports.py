@@ -107,7 +107,7 @@ def test_ours_is_what_transformers_computes_in_every_container(name, tmp_path):
     check(name, ODD, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.learn
 @pytest.mark.parametrize("name", kinds.KINDS)
 def test_at_another_size_with_patches_in_any_order(name, tmp_path):
     check(name, OTHER, tmp_path, models.batch_of(OTHER))

@@ -33,7 +33,8 @@ def directories(tmp_path_factory):
 
 
 # Each stream with RandAugment traces its fourteen operations anew, which takes seconds.
-SLOW = [pytest.param(mode, marks=pytest.mark.slow) if mode.startswith("as ") else mode for mode in MODES]
+LANES = {"as ALBEF": [pytest.mark.learn], "as ViLT": [pytest.mark.slow], "buckets": [pytest.mark.slow]}
+SLOW = [pytest.param(mode, marks=LANES.get(mode, [])) for mode in MODES]
 
 
 @pytest.fixture(params=SLOW)

@@ -36,7 +36,7 @@ config = vilt.get_config("variant=tiny")
 config.data.update(dir=sys.argv[1], text_length=32, image_size=64, image_limit=112, patch_size=16, max_patches=0)
 config.train.batch_size = 4
 batches = pipeline.batches(config)
-print(growth(lambda: next(batches), 300, 1500), growth(stream, 5, 25))
+print(growth(lambda: next(batches), 300, 1500), growth(stream, 20, 30))
 """
 
 

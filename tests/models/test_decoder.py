@@ -161,7 +161,7 @@ def test_a_row_without_memory_is_finite_in_value_and_gradient(dropout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"unroll": 2}, {"remat": True}])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.2, marks=pytest.mark.learn)])
 def test_loops_and_rematerialisation_change_neither_value_nor_gradient(options, dropout):
     params, inputs = random_params(EVEN), example(EVEN)
     first = looped(dropout)
@@ -298,7 +298,7 @@ def on_mesh(preset, dropout, devices=8):
 PIECES = {"dp": (2, 32, 32), "fsdp": (2, 4, 32), "fsdp_tp": (2, 8, 16)}
 
 
-@pytest.mark.slow
+@pytest.mark.learn
 @pytest.mark.parametrize("preset, dropout", [("fsdp_tp", 0.0)] + [(name, 0.2) for name in PIECES])
 def test_eight_devices_have_the_loss_and_gradient_of_one(preset, dropout):
     (one, wanted), _ = on_mesh("dp", dropout, 1)

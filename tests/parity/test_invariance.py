@@ -108,6 +108,7 @@ def test_outputs_depend_on_the_example_alone(name):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES[:1])
 def test_gradients_do_not_depend_on_padding(name):
     ours, params, batch, _ = start(name)

@@ -23,8 +23,8 @@ from vlp_jax.types import BOXES_LEFT_OUT, Term, UserError
 
 ROWS = 8
 PRESETS = [
-    pytest.param("dp", marks=pytest.mark.slow),
-    "fsdp",
+    pytest.param("dp", marks=pytest.mark.learn),
+    pytest.param("fsdp", marks=pytest.mark.slow),
     pytest.param("fsdp_tp", marks=pytest.mark.slow),
 ]
 
@@ -109,6 +109,7 @@ def values(found):
     return {name: (float(term.sum), float(term.count)) for part in found for name, term in part.items()}
 
 
+@pytest.mark.slow
 def test_padding_rows_count_nothing():
     config, _, _, loss = drawn()
     batch = random_detr_batch(config, 4, 1)
@@ -142,6 +143,7 @@ def test_more_targets_than_queries_are_counted_and_unknown_classes_too():
     assert found["queries_matched"] == (0 + 1 + 2 + 3 + 3 + 3, 18)
 
 
+@pytest.mark.slow
 def test_pictures_without_any_box_have_a_finite_loss_and_gradient():
     config, system, params, _ = drawn()
     batch = random_detr_batch(config, 2)
@@ -195,6 +197,7 @@ def test_predictions_do_not_depend_on_batch_mates():
     assert whole["class_logits"].shape == (3, 6, 5) and whole["boxes"].shape == (3, 6, 4)
 
 
+@pytest.mark.slow
 def test_frozen_parts_stay_and_the_backbone_learns_at_a_tenth_of_the_rate():
     released = detr_configs.get_config("variant=r50").optimizer
     changes = dict(optimizer__frozen=released.frozen, optimizer__lr_multipliers=released.lr_multipliers)

@@ -56,7 +56,10 @@ def reference():
 
 @pytest.mark.parametrize(
     "preset",
-    [pytest.param("dp", marks=pytest.mark.slow), "fsdp", pytest.param("fsdp_tp", marks=pytest.mark.slow)],
+    [
+        pytest.param("dp", marks=pytest.mark.learn),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "fsdp_tp")),
+    ],
 )
 def test_eight_devices_have_the_loss_of_one(preset):
     run, losses = three_losses(vilt_config(objectives__mpp=0.5, parallel__rules=preset))
