@@ -228,6 +228,7 @@ def saved(path, picture, **options):
     return path
 
 
+@pytest.mark.slow
 def test_pictures_of_all_kinds(work, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)
     grey = Image.fromarray(pixels)

@@ -95,6 +95,7 @@ def test_rows_are_against_the_file_and_against_reading_and_saving(tmp_path):
     assert len(benchmark.WALLS) == len(rows[1]) and rows[2][5:] == ["0.67", "0.75", "0.88"]
 
 
+@pytest.mark.slow
 def test_all_is_measured_printed_and_recorded(monkeypatch, capsys):
     """In this process; how a process of its own is asked is tested below."""
     monkeypatch.setattr(

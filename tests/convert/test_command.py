@@ -275,7 +275,10 @@ def test_a_config_json_that_does_not_fit_is_named(run, file, tmp_path, content, 
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("head", ["mlm", "itm", "rank", "answer", "pair"])
+@pytest.mark.parametrize(
+    "head",
+    ["answer", *(pytest.param(head, marks=pytest.mark.slow) for head in ("mlm", "itm", "rank", "pair"))],
+)
 def test_a_head_that_lacks_a_tensor_is_not_left_away(run, unproved, tmp_path, head):
     off = dict(objectives__mlm=0.0, objectives__itm=0.0, objectives__wpa=0.0, model__modalities=3)
     config = config_of(**{**off, f"model__heads__{head}": True if head in ("mlm", "itm", "rank") else 3})

@@ -52,6 +52,7 @@ def test_what_was_written_comes_back(form, made, tmp_path, capsys):
     assert one == other
 
 
+@pytest.mark.slow
 def test_a_conversion_and_its_way_back_by_the_command(made, tmp_path, capsys):
     pytest.importorskip("torch")
     source = file(tmp_path, made[2])
@@ -66,6 +67,7 @@ def test_a_conversion_and_its_way_back_by_the_command(made, tmp_path, capsys):
     assert all(np.array_equal(leaves[path], array) for path, array in made[2].items())
 
 
+@pytest.mark.slow
 def test_transformers_loads_all_of_it_and_computes_the_same(made, tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -144,6 +144,7 @@ def test_evaluate_of_a_checkpoint_with_data_elsewhere(run, capsys):
     assert not step.with_name("2.evaluation").exists()
 
 
+@pytest.mark.slow
 def test_parameters_lie_where_the_preset_wants():
     config = vilt.get_config("variant=tiny,smoke")
     config.parallel.rules, config.model.fusion.depth = "fsdp", 1

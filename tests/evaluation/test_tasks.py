@@ -201,6 +201,7 @@ def test_matching_scores_blind_and_oracle(vocabulary, mesh):
     assert task.alignments[0].visual == [False, True, True] and task.alignments[0].plan.shape == (3, 2)
 
 
+@pytest.mark.slow
 def test_matching_of_a_real_system_ignores_padding(mesh):
     config = examples.vilt_config()
     system = systems.get("vilt").build(config)

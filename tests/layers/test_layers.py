@@ -88,6 +88,7 @@ def test_unrolling_and_rematerialisation_change_neither_tree_nor_result():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), results[0], other)
 
 
+@pytest.mark.slow
 def test_padded_tokens_change_nothing():
     x = jax.random.normal(jax.random.key(1), (2, 5, 16))
     mask = jnp.ones((2, 5), bool).at[0, 3:].set(False)

@@ -67,7 +67,9 @@ CASES = (
         "vilt-pretraining-visible", "vilt", "vilt_reference", SMALL | STEPS | VISIBLE, PAIRS, quiet=True,
         checks=("training",), compares="terms", slow=True,
     ),
-    Case("detr-transformers", "detr", "detr_transformers", {}, CANVASES, quiet=True),
+    Case(
+        "detr-transformers", "detr", "detr_transformers", {}, CANVASES, quiet=True, checks=("outputs", "gradients")
+    ),
     Case("detr-transformers-deep", "detr", "detr_transformers", FOUR_STAGES, CANVASES, quiet=False, slow=True),
 )  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}

@@ -132,6 +132,7 @@ def test_averages_may_begin_with_other_parameters():
     np.testing.assert_array_equal(begun["a"]["b"], 1.0)
 
 
+@pytest.mark.slow
 def test_what_a_batch_is_made_of():
     run = Run(vilt_config(data__sources=("coco", "vg")), jax.devices()[:1])
     batch = random_batch(run.config, ROWS)
