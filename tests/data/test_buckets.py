@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from vlp_jax.data import buckets, detection, image, order
+from configs import detr
+from vlp_jax.data import buckets, detection, grid, image, order
 from vlp_jax.types import UserError
 
 SIZES = (192, 216, 228)
@@ -258,7 +259,7 @@ def test_filling_nothing_and_what_does_not_fit():
 
 
 def test_windows_of_canvases(coco):
-    rule, seed, batch_size = detection.TRAIN, 5, 16
+    rule, seed, batch_size = grid.rule(detr.get_config("variant=r50").data), 5, 16
 
     def extents(positions):
         _, _, row, draw = order.order(seed, positions, [5000], [1.0])

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlp_jax.data import detection
+from configs import detr
+from vlp_jax.data import detection, grid
 from vlp_jax.types import BOXES_LEFT_OUT
 
+DATA = detr.get_config("variant=r50").data
+TRAIN, EVALUATION = grid.rule(DATA), grid.evaluation_rule(DATA)  # as the original's
 # Draw; height, width, mirrored, first size, crop and last size.
 PINNED = np.array(
     [
@@ -53,7 +56,7 @@ def test_the_longer_side_passes_the_limit_by_half_the_ratio_at_most():
         assert max(tall, wide) <= 1333 + ratio / 2 + 1 and min(tall, wide) <= 800
 
 
-def plans(draws, height, width, rule=detection.TRAIN):
+def plans(draws, height, width, rule=TRAIN):
     draws = np.asarray(draws)
     return detection.plan(rule, draws, np.full(len(draws), height), np.full(len(draws), width))
 
@@ -71,24 +74,24 @@ def test_plans_are_functions_of_the_draw_and_take_every_way():
     assert (box[:, :2] >= 0).all() and (box[:, :2] + box[:, 2:] <= first).all()
     assert ((box[:, 2:] >= 384) & (box[:, 2:] <= 600) | (box[:, 2:] == first)).all()
     assert box[:, 3].min() < 400 and box[:, 3].max() > 590
-    one = plans([5], 480, 640, detection.EVALUATION)
+    one = plans([5], 480, 640, EVALUATION)
     assert not one.mirrored[0] and not one.cropped[0] and one.size[0].tolist() == [800, 1066]
 
 
 def test_draws_do_not_depend_on_the_company():
     height, width = np.random.default_rng(1).integers(30, 900, (2, 50))
     draw = np.arange(50) * 977
-    together = detection.plan(detection.TRAIN, draw, height, width)
+    together = detection.plan(TRAIN, draw, height, width)
     for row in range(50):
         here = slice(row, row + 1)
-        alone = detection.plan(detection.TRAIN, draw[here], height[here], width[here])
+        alone = detection.plan(TRAIN, draw[here], height[here], width[here])
         for one in dataclasses.fields(alone):
             np.testing.assert_array_equal(getattr(alone, one.name)[0], getattr(together, one.name)[row])
 
 
 def test_draws_are_pinned():
     """Other draws would change every run that is resumed; these are of the first version, picture by picture."""
-    made = detection.plan(detection.TRAIN, *PINNED[:, :3].T)
+    made = detection.plan(TRAIN, *PINNED[:, :3].T)
     found = np.concatenate([made.original, made.mirrored[:, None], made.first, made.box, made.size], 1)
     np.testing.assert_array_equal(found, PINNED[:, 1:])
 
@@ -105,7 +108,7 @@ def test_very_long_pictures_stay_within_bounds():
 def test_the_largest_is_never_passed_and_exact_without_crops():
     sizes = np.random.default_rng(2).integers(1, 1200, (3000, 2))
     sizes[:4] = (1, 1), (1, 1199), (1199, 1), (480, 640)
-    for rule in (detection.TRAIN, detection.Rule((64,), 106), detection.Rule((64, 96), 150, crop=1.0)):
+    for rule in (TRAIN, detection.Rule((64,), 106), detection.Rule((64, 96), 150, crop=1.0)):
         most = detection.largest(rule, *sizes.T)
         seen = np.max(
             [detection.plan(rule, np.arange(3000) + 3000 * i, *sizes.T).size for i in range(60)], axis=0
@@ -113,7 +116,7 @@ def test_the_largest_is_never_passed_and_exact_without_crops():
         assert (seen <= most).all()
         if len(rule.shorter) == 1 and not rule.crop:
             np.testing.assert_array_equal(seen, most)
-    assert detection.largest(detection.TRAIN, np.array([480]), np.array([640]))[0].tolist() == [1250, 1250]
+    assert detection.largest(TRAIN, np.array([480]), np.array([640]))[0].tolist() == [1250, 1250]
 
 
 def test_first_sizes_and_crops_shrink_with_the_pictures():
@@ -197,7 +200,7 @@ def test_targets_are_those_of_a_loop_box_by_box():
     for trial in range(40):
         count = 7
         height, width = draw.integers(1, 700, (2, count))
-        made = detection.plan(detection.TRAIN, draw.integers(0, 2**31, count), height, width)
+        made = detection.plan(TRAIN, draw.integers(0, 2**31, count), height, width)
         records = []
         for number in draw.integers(0, 14, count) * (trial % 5 > 0):
             boxes = draw.uniform(-100, 700, (number, 4))
@@ -247,7 +250,7 @@ def test_targets_are_those_of_a_loop_box_by_box():
 )
 @pytest.mark.filterwarnings("error")
 def test_why_a_box_is_no_target(box, crowd, label, expected):
-    made = plans([0], 80, 100, detection.EVALUATION)
+    made = plans([0], 80, 100, EVALUATION)
     one = np.zeros(1, np.int64)
     found = detection.targets(np.array([box]), one, one + crowd > 0, one + label, made, 3)
     assert found["boxes_left_out"][0].tolist() == [int(expected == why) for why in BOXES_LEFT_OUT]

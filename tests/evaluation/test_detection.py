@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from vlp_jax.data import categories
 from vlp_jax.evaluation import detection
-from vlp_jax.evaluation.detection import COCO_IDS, SCORES, Detection, Detections, Objects, average_precision
+from vlp_jax.evaluation.detection import SCORES, Detection, Detections, Objects, average_precision
 from vlp_jax.evaluation.runner import evaluate
 from vlp_jax.parallel import mesh as meshes
 
@@ -111,13 +112,13 @@ def test_the_whole_task_on_any_split_into_batches(coco, mesh):
     """Some detections of a picture are many more than others': the rest of its queries says rubbish with chance 1e-13."""
     objects, found, official, _ = coco
     keys = sorted(objects)
-    parrot = Parrot(objects, found, keys, COCO_IDS)
+    parrot = Parrot(objects, found, keys, tuple(categories.COCO))
 
     def truth(source, rows):
         assert source == 0
         return [objects[keys[row]] for row in rows]
 
-    task, passes = Detection(parrot, truth, COCO_IDS, blind=False), []
+    task, passes = Detection(parrot, truth, tuple(categories.COCO), blind=False), []
     shuffled = np.random.default_rng(0).permutation(len(keys)).tolist()
     twice = shuffled + shuffled[:20]
     for size, order in ((8, None), (64, None), (40, shuffled), (16, twice)):
@@ -128,7 +129,7 @@ def test_the_whole_task_on_any_split_into_batches(coco, mesh):
     plain = [
         Detections(
             np.asarray(scores[row]),
-            np.array(COCO_IDS)[labels[row]],
+            np.array(tuple(categories.COCO))[labels[row]],
             detection.absolute(parrot.boxes[row], objects[key].height, objects[key].width),
         )
         for row, key in enumerate(keys)
@@ -365,13 +366,3 @@ def test_names_of_classes(tmp_path):
     (tmp_path / "labels.json").write_text('["", "Katze ü"]', "utf-8")
     assert detection.class_names({"labels.json": tmp_path / "labels.json"}) == ["", "Katze ü"]
     assert detection.class_names({}) == []
-
-
-def test_the_eighty_of_ninety():
-    assert len(COCO_IDS) == 80 and COCO_IDS[:12] == (*range(1, 12), 13) and COCO_IDS[-1] == 90
-    assert list(COCO_IDS) == sorted(set(COCO_IDS))
-
-
-def test_the_eighty_are_those_of_the_published_file(realdata):
-    path = realdata / "coco_eval" / "instances_val2014_100.json"
-    assert COCO_IDS == tuple(sorted(row["id"] for row in json.loads(path.read_text())["categories"]))

@@ -48,10 +48,6 @@ class Rule:
         return tuple(firsts), (least, most)
 
 
-TRAIN = Rule(tuple(range(480, 801, 32)), crop=0.5, flip=0.5)
-EVALUATION = Rule()
-
-
 @dataclasses.dataclass(frozen=True)
 class Plans:
     """What happens to n pictures, in this order: mirror, resize, crop, resize.

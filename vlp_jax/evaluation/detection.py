@@ -29,8 +29,6 @@ SCORES = (
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
     *("ar_1", "ar_10", "ar_100", "ar_small", "ar_medium", "ar_large"),
 )
-# The ids of COCO's 80 classes in their order: 1 ... 90 without ten that were never used.
-COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 FIELDS = ("height", "width", "boxes", "box_names")  # of a record; and where the data have them:
 MORE_FIELDS = ("box_crowd", "box_area")
 SURE = 0.5  # what the report shows: the score of a box, and how far it covers the object of its name (IoU)
@@ -128,8 +126,8 @@ class Detection:
         system: `predict["boxes"]` gives "class_logits" [batch, query, class + 1] and "boxes" [batch, query, 4], cx cy
             w h as fractions of the picture, of the last layer.
         truth: looks pictures up.
-        categories: the category of the truth for each class of the model, e.g. `COCO_IDS` for 80 classes judged by raw
-            ids; -1 = none, never counted; () = the same numbers.
+        categories: the category of the truth for each class of the model, e.g. COCO's raw ids for 80 classes without
+            gaps; -1 = none, never counted; () = the same numbers.
         blind: whether to measure the twins without picture.
     """
 

@@ -85,12 +85,6 @@ def _exact(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _longest(conversion: Import) -> int:
-    """Pieces that every file has positions for."""
-    path = "text_embed/position"
-    return min([PIECES, *(one.shapes[path][0] for one in conversion.plan.readings if path in one.shapes)])
-
-
 def random_batch(config: ConfigDict, longest: int = PIECES) -> dict[str, np.ndarray]:
     """Two texts, of `longest` pieces at most, and twice two pictures of odd sizes, padded; the same at every call."""
     draw, model = np.random.default_rng(0), config.model
