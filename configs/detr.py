@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
     model.heads = ConfigDict(dict(classes=-1))  # without "no object"; -1: as the data has it
 
     # As the original; every decoder layer counts alike.
-    config.objectives = ConfigDict({"class": 1.0, "box_l1": 5.0, "giou": 2.0})
+    config.objectives = ConfigDict(dict(box_class=1.0, box_l1=5.0, giou=2.0))
 
     config.optimizer.b2 = 0.999
     config.optimizer.eps_placement = "corrected"

@@ -37,7 +37,7 @@ def test_from_boxes_to_a_detector(scenes_dir, photo, tmp_path):
     train, evaluate, predict = lines("runs/detr")
     run(tmp_path, train, *SHORT, *FEW)
     metrics = [json.loads(line) for line in (tmp_path / "runs/detr/metrics.jsonl").read_text().splitlines()]
-    wanted = {"train/class", "train/box_l1", "train/giou", "train/left_out/crowd", "train/padding/image"}
+    wanted = {"train/box_class", "train/box_l1", "train/giou", "train/left_out/crowd", "train/padding/image"}
     assert wanted | {"validation/detection/padding"} <= {key for line in metrics for key in line}
     done = run(tmp_path, evaluate)
     assert "detection/ap50" in done.stdout and (tmp_path / "runs/detr/report.html").is_file()

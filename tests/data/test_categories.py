@@ -42,6 +42,9 @@ def test_manifests():
     two = {"fields": fields, "box_names": {"cat": 1, "": 5}}
     assert categories.of_data("data", [("a", one), ("b", two)]) == ("cat", "dog")
     assert categories.of_data("data", [("b", two), ("a", one)]) == ("cat", "dog")
+    drawn = {"fields": ["boxes", "box_names"], "box_names": {"cube": 3}}
+    with pytest.raises(UserError, match="none of the names"):  # of one source, though another has some
+        categories.of_data("coco80", [("a", one), ("c", drawn)])
     for manifest, words in (
         ({"fields": ["captions"], "box_names": {}}, "have no boxes and no box_names; they hold captions"),
         ({"fields": ["boxes"], "box_names": {}}, "have no box_names; they hold boxes"),

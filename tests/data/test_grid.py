@@ -123,9 +123,12 @@ def test_a_panorama_gets_a_canvas_of_its_own_in_prediction():
 
 
 def test_rules():
-    assert grid.rule(data()) == detection.EVALUATION
+    assert grid.rule(data()) == detection.Rule()
     full = data(image_sizes=tuple(range(480, 801, 32)), size_crop=0.5, flip=0.5)
-    assert grid.rule(full) == detection.TRAIN and grid.evaluation_rule(full) == detection.EVALUATION
+    assert (
+        grid.rule(full) == detection.Rule(tuple(range(480, 801, 32)), crop=0.5, flip=0.5)
+        and grid.evaluation_rule(full) == detection.Rule()
+    )
     assert grid.rule(data(image_limit=1000)).longest == 1000
     assert grid.canvases(data(image_size=64)) == ((106, 106),)
     assert grid.canvases(data(canvases=[[3, 4], (5, 6)])) == ((3, 4), (5, 6))

@@ -86,6 +86,10 @@ def test_classes_are_those_of_the_checkpoint(tmp_path):
     there = full.understood(config, meta, {"labels.json": tmp_path / "labels.json"}, facts)
     assert there == facts | {"categories": ["", "cat", "dog"], "classes": 3}
     assert full.understood(config, meta, {}, facts) == facts
+    with pytest.raises(UserError, match="knows cat, dog, .* has owl, "):
+        full.understood(
+            config, meta, {"labels.json": tmp_path / "labels.json"}, facts | {"categories": ["", "owl"]}
+        )
     with pytest.raises(UserError, match="is not the one"):
         full.understood(vilt.get_config("variant=tiny"), meta, {}, facts | {"vocabulary_path": "vocab.txt"})
 

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from vlp_jax.objectives import boxes, detection
 from vlp_jax.types import Term
 
-WEIGHTS = {"class": 1.0, "box_l1": 5.0, "giou": 2.0}
+WEIGHTS = {"box_class": 1.0, "box_l1": 5.0, "giou": 2.0}
 
 # Compiled once a shape: op by op these tests take five times as long.
 losses = jax.jit(detection.losses, static_argnames="no_object")
@@ -52,7 +52,7 @@ def test_golden_losses(golden):
     for layer, suffix in enumerate(["_0", "_1", ""]):
         one = slice(layer, layer + 1)
         terms = losses(case[0][:, one], case[1][:, one], *case[2:], assignment[:, one], valid)
-        for name, theirs in {"class": "ce", "box_l1": "bbox", "giou": "giou"}.items():
+        for name, theirs in {"box_class": "ce", "box_l1": "bbox", "giou": "giou"}.items():
             expected = found[f"loss_{theirs}{suffix}"]
             np.testing.assert_allclose(terms[name].mean(), expected, rtol=1e-6)
             summed[name] += expected
@@ -123,7 +123,7 @@ def naive_losses(logits, centers, target_boxes, labels, assignment, valid, no_ob
                     one, other = centers[b, layer, q], target_boxes[b, t]
                     totals["box_l1"] += np.abs(one - other).sum() / number
                     totals["giou"] += (1 - naive_giou(one, other)) / number
-        totals["class"] += cross / weights if weights else 0.0
+        totals["box_class"] += cross / weights if weights else 0.0
     return totals
 
 
@@ -180,10 +180,10 @@ def test_counts_follow_from_the_batch_alone():
     """So that accumulation knows them before the first forward pass; 10 and 1 are the weights 1 and 0.1."""
     case, valid = made(queries=5), np.ones(3, bool)
     terms = losses(*case, np.full((3, 2, 6), -1, np.int32), valid)
-    assert terms["class"].count == 10 * (4 + 0 + 5) + (1 + 5 + 0)
+    assert terms["box_class"].count == 10 * (4 + 0 + 5) + (1 + 5 + 0)
     assert terms["box_l1"].count == terms["giou"].count == 10
     tiny = made(batch=1, queries=1, counts=(0,))
-    term = losses(*tiny, np.full((1, 2, 6), -1, np.int32), np.ones(1, bool))["class"]
+    term = losses(*tiny, np.full((1, 2, 6), -1, np.int32), np.ones(1, bool))["box_class"]
     assert term.count == 1  # and not 0.1, which a clamp at 1 would spoil
 
 

@@ -86,7 +86,7 @@ def losses(
     wanted, count = targets(batch), max(1, int(batch["box_mask"].sum()))
     weights = torch.ones(logits.shape[-1])
     weights[-1] = recipe.no_object
-    terms = {name: torch.zeros(()) for name in ("class", "box_l1", "giou")}
+    terms = {name: torch.zeros(()) for name in ("box_class", "box_l1", "giou")}
     assignment = np.full((*logits.shape[:2], batch["box_mask"].shape[1]), -1)
     for layer in range(logits.shape[1]):
         judged = layer if recipe.rematched else -1
@@ -101,7 +101,7 @@ def losses(
             overlap = generalized_iou(corners(found), corners(true)).diagonal()
             terms["giou"] = terms["giou"] + (1 - overlap).sum() / count
         entropy = functional.cross_entropy(logits[:, layer].flatten(0, 1), classes.flatten(), weights)
-        terms["class"] = terms["class"] + entropy
+        terms["box_class"] = terms["box_class"] + entropy
     return terms, assignment
 
 
@@ -129,7 +129,7 @@ def train(
     for batch in batches:
         outputs = forward(net, batch)
         terms, assignment = losses(recipe, outputs["logits"], outputs["boxes"], batch)
-        loss = terms["class"] + recipe.box_l1 * terms["box_l1"] + recipe.giou * terms["giou"]
+        loss = terms["box_class"] + recipe.box_l1 * terms["box_l1"] + recipe.giou * terms["giou"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.clip)

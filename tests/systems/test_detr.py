@@ -82,7 +82,7 @@ def test_two_steps_of_the_smoke_config():
     _, history = reference()
     for metrics in history:
         assert all(np.isfinite(value) for value in metrics.values()) and metrics["skipped"] == 0
-        total = metrics["class"] + 5 * metrics["box_l1"] + 2 * metrics["giou"]
+        total = metrics["box_class"] + 5 * metrics["box_l1"] + 2 * metrics["giou"]
         assert metrics["loss"] == pytest.approx(total, rel=1e-5)
     assert history[0]["loss"] != history[1]["loss"]
 
@@ -143,6 +143,14 @@ def test_more_targets_than_queries_are_counted_and_unknown_classes_too():
     assert found["queries_matched"] == (0 + 1 + 2 + 3 + 3 + 3, 18)
 
 
+def test_an_objective_of_zero_is_off_and_the_matching_stays():
+    config = detr_config(objectives__giou=0.0, objectives__box_l1=0.0)
+    batch = random_detr_batch(config, 2)
+    loss = systems.get("detr").build(config).loss
+    out = jax.eval_shape(lambda: loss(drawn()[2], {}, batch, jax.random.key(0)))
+    assert set(out.terms) == {"box_class"} and {"giou_last", "box_l1_last"} <= set(out.metrics)
+
+
 @pytest.mark.slow
 def test_pictures_without_any_box_have_a_finite_loss_and_gradient():
     config, system, params, _ = drawn()
@@ -155,7 +163,7 @@ def test_pictures_without_any_box_have_a_finite_loss_and_gradient():
 
     grads, terms = jax.jit(jax.grad(total, has_aux=True), compiler_options=QUICK_TO_COMPILE)(params)
     found = values([terms])
-    assert found["box_l1"] == found["giou"] == (0, 0) and found["class"][0] > 0
+    assert found["box_l1"] == found["giou"] == (0, 0) and found["box_class"][0] > 0
     assert all(np.isfinite(x).all() for _, x in flatten(grads))
     assert not any(np.any(x) for path, x in flatten(grads) if path.startswith("heads/box"))
     assert np.any(grads["heads"]["class"]["dense"]["kernel"])
@@ -253,6 +261,12 @@ def test_half_precision_is_finite_and_near():
             "needs one of both",
         ),
         (dict(model__grid_embed__widths=(64, 126)), dict(classes=4), "not all multiples of 4"),
+        (dict(model__grid_embed__stem_width=0), dict(classes=4), "stem_width of 0"),
+        (
+            dict(data__inputs=("text", "grid")),
+            dict(classes=4),
+            "lacks boxes: the system detr reads grid, boxes",
+        ),
     ],
 )
 def test_what_does_not_fit_is_explained(changes, facts, words):

@@ -84,6 +84,7 @@ def of_data(kind: str, sources: Iterable[tuple[str | Path, Mapping[str, Any]]]) 
                 f"The manifest of {directory} does not list the names of its boxes: it was written by an older "
                 "version. Possible are manifests with box_names. Prepare it again, with --overwrite."
             )
+        names(kind, manifest["box_names"])  # each source must have some of the classes
         found.update(manifest["box_names"])
     if not found - {""}:
         raise UserError(

@@ -110,6 +110,7 @@ def _patches(data: Any, size: Any) -> dict[str, tuple]:
 
 
 def _grid(data: Any, size: Any) -> dict[str, tuple]:
+    grid.rule(data)  # refuses what cannot be done before parameters are made
     rows, columns = size or grid.canvases(data)[-1]
     return {
         "image": ((rows, columns, 3), np.uint8, "the picture at the top left, then zeros"),

@@ -131,11 +131,17 @@ def understood(
         facts: of the data scored on.
 
     Raises:
-        UserError: texts in another vocabulary than the checkpoint's.
+        UserError: texts in another vocabulary than the checkpoint's, or boxes none of whose names is one of its classes.
     """
     if "text" in config.data.inputs:
         check_vocabulary(meta.get("facts", {}), facts)
     names = class_names(assets) if "boxes" in config.data.inputs else []
+    if names and not set(names) & set(facts["categories"]) - {""}:
+        raise UserError(
+            f"No box of {config.data.dir} has a class that the checkpoint knows. It knows "
+            f"{', '.join(filter(None, names[:8]))}, ...; the data has {', '.join(filter(None, facts['categories'][:8]))}, "
+            "... Give --data=DIR with data of the same classes."
+        )
     return {**facts, "categories": names, "classes": len(names)} if names else dict(facts)
 
 

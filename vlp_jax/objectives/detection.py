@@ -112,9 +112,9 @@ def losses(
     valid: Bool[Array, "batch"],
     no_object: float = NO_OBJECT,
 ) -> dict[str, Term]:
-    """The terms "class", "box_l1" and "giou", each a sum over the layers of the layer's mean over the global batch.
+    """The terms "box_class", "box_l1" and "giou", each a sum over the layers of the layer's mean over the global batch.
 
-    "class" is the mean of the cross entropy under weights, over the sum of the weights. Every layer has the same
+    "box_class" is the mean of the cross entropy under weights, over the sum of the weights. Every layer has the same
     sum: of n targets and N queries it matches min(n, N), whichever they are. So one count serves all layers, and it
     follows from the batch alone, as accumulation needs it. Sum and count are in units of `no_object`: a count is then
     never below 1 and the clamp of a term's mean never acts.
@@ -145,7 +145,7 @@ def losses(
     apart = 1.0 - giou(to_corners(boxes), to_corners(wanted))
     targets = _count(real)
     return {
-        "class": Term(named.sum / no_object + empty.sum, matched / no_object + unmatched),
+        "box_class": Term(named.sum / no_object + empty.sum, matched / no_object + unmatched),
         "box_l1": Term(jnp.sum(jnp.where(taken, distance, 0.0)), targets),
         "giou": Term(jnp.sum(jnp.where(taken, apart, 0.0)), targets),
     }

@@ -90,6 +90,20 @@ def fill_unknown(config: ConfigDict, facts: Mapping[str, Any], wanted: Mapping[s
     return config
 
 
+def needs_inputs(config: ConfigDict, *parts: str) -> None:
+    """Checks that a batch has what a system reads.
+
+    Raises:
+        UserError: one of the parts is not in `config.data.inputs`.
+    """
+    given = tuple(config.data.inputs)
+    if missing := [part for part in parts if part not in given]:
+        raise UserError(
+            f"config.data.inputs={given} lacks {' and '.join(missing)}: the system {config.system} reads "
+            f"{', '.join(parts)}. Put it in."
+        )
+
+
 def whole_patches(config: ConfigDict) -> None:
     """Checks that a picture is a whole number of patches.
 

@@ -45,6 +45,7 @@ class Detr(nn.Module):
 
 def resolve(config: ConfigDict, facts: Mapping[str, Any]) -> ConfigDict:
     """Fills the number of classes, which follows from the data, and checks that all sizes fit; pure."""
+    base.needs_inputs(config, "grid", "boxes")
     config = base.fill_unknown(config, facts, {"model.heads.classes": "classes"})
     base.whole_heads(config, "encoder", "decoder")
     width, grid = config.model.width, config.model.grid_embed
@@ -53,10 +54,15 @@ def resolve(config: ConfigDict, facts: Mapping[str, Any]) -> ConfigDict:
             f"config.model.width {width} is not a multiple of 4: positions are a sine and a cosine of row and column. "
             f"Take {width // 4 * 4 or 4} or {(width // 4 + 1) * 4}."
         )
-    if len(grid.depths) != len(grid.widths) or not grid.depths or min(*grid.depths, *grid.widths) < 1:
+    if (
+        len(grid.depths) != len(grid.widths)
+        or not grid.depths
+        or min(*grid.depths, *grid.widths, grid.stem_width) < 1
+    ):
         raise UserError(
-            f"config.model.grid_embed has depths {tuple(grid.depths)} and widths {tuple(grid.widths)}: each stage needs "
-            "one of both, above 0. Give, for example, (3, 4, 6, 3) and (256, 512, 1024, 2048)."
+            f"config.model.grid_embed has depths {tuple(grid.depths)}, widths {tuple(grid.widths)} and a stem_width of "
+            f"{grid.stem_width}: each stage needs one of both, all above 0. Give, for example, (3, 4, 6, 3), (256, 512, "
+            "1024, 2048) and 64."
         )
     if any(one % EXPANSION for one in grid.widths):
         raise UserError(
@@ -69,6 +75,7 @@ def resolve(config: ConfigDict, facts: Mapping[str, Any]) -> ConfigDict:
 def build(config: ConfigDict) -> base.Functions:
     """Makes the system of a resolved config."""
     module = Detr(FrozenConfigDict(config.model))
+    active = {name for name, coefficient in config.objectives.items() if coefficient}
 
     def init(rng: Key, batch: Batch) -> tuple[Params, Extra]:
         return module.init(rng, batch["image"], batch["image_mask"])["params"], {}
@@ -80,7 +87,8 @@ def build(config: ConfigDict) -> base.Functions:
         pictures = batch["image"], batch["image_mask"]
         logits, boxes = module.apply({"params": params}, *pictures, train=True, rngs={"dropout": rng})
         valid = batch["example_id"] >= 0
-        terms, metrics = detection(logits, boxes, batch["boxes"], batch["box_labels"], valid)
+        every, metrics = detection(logits, boxes, batch["boxes"], batch["box_labels"], valid)
+        terms = {name: term for name, term in every.items() if name in active}
         return LossOut(terms, metrics | _left_out(batch, valid), extra)
 
     def boxes(params: Params, batch: Batch, rng: Key | None = None) -> Mapping[str, Array]:

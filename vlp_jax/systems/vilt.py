@@ -109,6 +109,7 @@ def resolve(config: ConfigDict, facts: Mapping[str, Any]) -> ConfigDict:
     wanted = {"text_embed.length": "text_length", "patch_embed.patch_size": "patch_size"}
     wanted |= {"text_embed.vocab_size": "vocab_size", "text_embed.pad_id": "pad_id"}
     config = base.fill_unknown(config, known, {f"model.{ours}": fact for ours, fact in wanted.items()})
+    base.needs_inputs(config, "text", "patches")
     base.whole_patches(config)
     base.whole_heads(config, "fusion")
     base.switch_on_heads(config, pooled=("itm", "rank", "answer", "pair"))

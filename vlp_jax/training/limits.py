@@ -27,6 +27,7 @@ LIMITS = {
     "train.*": (0, MOST),
     "data.text_length": (3, MOST),  # [CLS], a piece, [SEP]
     "data.image_size": (1, MOST),
+    "data.max_boxes": (1, MOST),
     "data.patch_size": (1, MOST),
     "*.mask_rate": (math.nextafter(0.0, 1.0), BELOW_ONE),
     "data.*": (0, MOST),

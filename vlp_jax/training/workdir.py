@@ -73,7 +73,7 @@ def open_workdir(path: str | Path, config: ConfigDict, manifest_sha256: str) -> 
         try:
             _check_shared(folder)
             yield folder
-        except UserError:
+        except Exception:
             if not (folder / "checkpoints").exists():
                 (folder / "config.json").unlink(missing_ok=True)
             raise
