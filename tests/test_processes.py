@@ -311,6 +311,7 @@ def test_who_waits_in_vain_is_told_where():
     assert not any("Traceback" in errors for _, _, errors in (absent, alone, second))
 
 
+@pytest.mark.slow
 def test_the_fault_of_one_ends_both_with_its_message():
     begun = time.monotonic()
     results = ended(join_two("time.sleep(60)", "raise UserError('The disk is full.')"), 60)

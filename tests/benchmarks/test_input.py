@@ -88,7 +88,7 @@ def test_first_batch_and_memory_are_measured(capfd):
     assert results.RESULTS.read_text(encoding="utf-8") == BEFORE
 
 
-@pytest.mark.slow
+@pytest.mark.learn
 def test_prepare_is_measured(capfd):
     assert run("--parts=prepare", "--sizes=4,8") == 0
     rows = table(capfd.readouterr().out, "prepare")

@@ -123,7 +123,7 @@ def test_byte_pairs_get_our_ids(transformers, tmp_path, captions):
     same_ids(transformers, tmp_path / "folder", vocabulary, texts, 40)
 
 
-@pytest.mark.slow
+@pytest.mark.learn
 def test_every_character_gets_our_ids(tmp_path, captions):
     our_text.train(captions[:1500], tmp_path / "pieces.model", 900)
     made, _ = tokenizer.files(tmp_path / "pieces.model", 40, 900)

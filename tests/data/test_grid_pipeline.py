@@ -136,6 +136,7 @@ def test_every_picture_once_an_epoch_those_without_objects_too(config, canvases)
     assert without[seen % 5 == 4].all()
 
 
+@pytest.mark.slow
 def test_hosts_resuming_and_threads_change_nothing(config):
     config.data.update(MODES["canvases"])
     whole = take(pipeline.batches(config), 8)

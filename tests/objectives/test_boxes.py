@@ -111,6 +111,7 @@ def test_gradients_of_degenerate_sigmoid_boxes_are_moderate():
     assert np.isfinite(grads).all() and np.abs(grads).max() < 10
 
 
+@pytest.mark.slow
 def test_gradient_against_torch():
     torch = pytest.importorskip("torch")
     draw = np.random.default_rng(2)

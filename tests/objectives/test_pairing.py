@@ -49,6 +49,7 @@ def test_no_partner_stays_positive_and_padding_takes_no_part():
         assert (matched[:4] == 0).sum() == 2 and (partner[:4] < 4).all()
 
 
+@pytest.mark.slow
 def test_partners_and_labels_are_uniform():
     image = jnp.array([0, 0, 1, 2, 3, 4])
     zeros, ones = jnp.zeros(6, jnp.int32), jnp.ones(6, bool)

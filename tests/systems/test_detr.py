@@ -25,7 +25,7 @@ ROWS = 8
 PRESETS = [
     pytest.param("dp", marks=pytest.mark.learn),
     pytest.param("fsdp", marks=pytest.mark.slow),
-    pytest.param("fsdp_tp", marks=pytest.mark.slow),
+    pytest.param("fsdp_tp", marks=pytest.mark.learn),
 ]
 
 
@@ -179,6 +179,7 @@ def on_canvas(image, mask, rows, columns):
     return np.pad(image, [*around, (0, 0)]), np.pad(mask, around)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing_beyond_the_cells_that_see_it():
     """As in DETR: what lies under the mask is not read, but a cell at the border sees that zeros follow, or nothing.
 

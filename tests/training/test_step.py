@@ -95,6 +95,7 @@ def test_accumulation_has_the_loss_and_gradient_of_the_whole_batch():
         np.testing.assert_allclose(four[name], one[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_non_finite_step_changes_nothing_but_the_step():
     run = Run(vilt_config(ema__decay=0.9), jax.devices()[:1])
     run.take(random_batch(run.config, ROWS))
