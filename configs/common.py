@@ -26,13 +26,8 @@ def get_config() -> ConfigDict:
     data.dir = ""  # a prepared directory, or a mixture: "coco=DIR:1,vg=DIR:2", or by size "coco=DIR,vg=DIR"
     data.sources = ()  # their names, for the metrics; filled from data.dir
     data.split = "train"  # of the prepared data
-    data.inputs = (
-        "text",
-        "patches",
-    )  # parts of a batch: text, patches or grid, boxes; see vlp_jax/data/spec.py
-    data.index = (
-        "pairs"  # pairs: uniform over (picture, caption); pictures: one caption drawn a picture, if any
-    )
+    data.inputs = ("text", "patches")  # parts of a batch (data/spec.py): text, patches or grid, boxes
+    data.index = "pairs"  # pairs: uniform over (picture, caption); pictures: one caption drawn of each
     data.text_length = 40  # word pieces with [CLS] and [SEP], padded and cut
     data.image_size = 384  # shorter side in pixels after resizing
     data.image_sizes = ()  # of a grid: shorter sides, one of which is drawn in training; () = image_size alone
